@@ -1,0 +1,32 @@
+# `make demo` paints a picture, `make test` runs the tests; each sets up .venv when it is missing.
+PYTHON ?= python3
+BIN := .venv/bin
+EXTRAS := diffusers,plot,train,test,bench,lint
+STAMP := .venv/.installed
+
+.PHONY: setup demo test bench bench-gpu lint
+
+setup: $(STAMP)
+
+# torch first, by its exact version: a looser requirement would fetch gigabytes of CUDA packages on a machine without a GPU.
+# No build isolation: the extension in csrc/ is compiled against the torch that will load it.
+$(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q -c constraints.txt torch setuptools wheel ninja
+	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[$(EXTRAS)]'
+	touch $@
+
+demo: $(STAMP)
+	mkdir -p out
+	$(BIN)/instantas generate "red brick wall" --size 1024x256 --seed 1 -o out/demo.png --force
+
+test: $(STAMP)
+	$(BIN)/ruff check .
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -q
+
+bench: $(STAMP)
+	$(BIN)/python -m pytest bench -q
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .

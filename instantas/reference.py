@@ -1,0 +1,92 @@
+"""The operations in plain PyTorch: the definition of correct, written to read like the formulas.
+
+Same names and arguments as `instantas.ops`, which checks them; here nothing is checked. Arithmetic is in float32, in
+float64 for float64 inputs, and the result is rounded once, at the end.
+"""
+
+import torch
+
+
+def _accumulator(tensor):
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def _cells(plan):
+    """The rows (h, 1) and columns (w,) of the canvas under each window, modulo its size."""
+    (h, w), device = plan.window, plan.origins.device if isinstance(plan.origins, torch.Tensor) else None
+    for y, x in plan.origins.tolist():
+        rows = (y + torch.arange(h, device=device)) % plan.height
+        columns = (x + torch.arange(w, device=device)) % plan.width
+        yield rows[:, None], columns
+
+
+def gather_windows(canvas, plan):
+    """windows[b, i] = canvas[b, :, y_i : y_i + h, x_i : x_i + w], modulo the size on wrapping axes."""
+    return torch.stack([canvas[:, :, rows, columns] for rows, columns in _cells(plan)], dim=1)
+
+
+def scatter_windows(windows, plan, weight=None, normalize=True):
+    """canvas[p] = sum_i w_i(p) windows_i(p) / sum_i w_i(p) over the windows that cover p.
+
+    `normalize=False` leaves the division out: the adjoint of `gather_windows`, up to the weight.
+    """
+    dtype, (h, w) = _accumulator(windows), plan.window
+    weight = torch.ones((), device=windows.device) if weight is None else weight
+    weight = weight.to(dtype).expand(windows.shape[1], h, w)
+    total = windows.new_zeros(windows.shape[0], windows.shape[2], plan.height, plan.width, dtype=dtype)
+    norm = windows.new_zeros(plan.height, plan.width, dtype=dtype)
+    for i, (rows, columns) in enumerate(_cells(plan)):
+        total[..., rows, columns] += weight[i] * windows[:, i].to(dtype)
+        norm[rows, columns] += weight[i]
+    return (total / norm if normalize else total).to(windows.dtype)
+
+
+def guided_step(
+    cond, uncond, sample, plan, coefficients, guidance_scale, *, weight=None, history=None, keep=(0.0, 1.0)
+):
+    """m = scatter(u + g (c - u)); x' = a x + b m + sum_j c_j h_j; the history takes d x + e m in front."""
+    dtype = _accumulator(sample)
+    a, b, *cs = (torch.as_tensor(c, dtype=dtype, device=sample.device) for c in coefficients)
+    d, e = (torch.as_tensor(k, dtype=dtype, device=sample.device) for k in keep)
+    x, merged = sample.to(dtype), scatter_windows(cond.to(dtype), plan, weight)
+    if uncond is not None:
+        unguided = scatter_windows(uncond.to(dtype), plan, weight)
+        g = torch.as_tensor(guidance_scale, dtype=dtype, device=sample.device)
+        merged = unguided + g * (merged - unguided)
+    new_sample = a * x + b * merged + sum(c * h.to(dtype) for c, h in zip(cs, history if cs else ()))
+    if not cs:
+        return new_sample.to(sample.dtype), None
+    newest = (d * x + e * merged).to(sample.dtype)
+    return new_sample.to(sample.dtype), torch.cat([newest[None], history[:-1]])
+
+
+def regional_attention(query, key, value, prompt_ids, weights, *, mode="blend", scale=None):
+    """Each query attends to the prompts of its region.
+
+    blend: out = sum_r w_r softmax(q K_r^T scale) V_r / sum_r w_r.
+    joint: out = softmax over all (r, l) of (q K_r^T scale + log w_r), times V.
+    """
+    dtype, scale = _accumulator(query), query.shape[-1] ** -0.5 if scale is None else scale
+    b, n, heads, d = query.shape
+    r = prompt_ids.shape[1]
+    present = (prompt_ids >= 0) & (prompt_ids < key.shape[0])
+    if not (b and n and r and present.any()):
+        return torch.zeros_like(query)
+    w = torch.where(present[:, :, None], weights.to(dtype), 0.0)  # (B, R, N)
+    ids = torch.where(present, prompt_ids, prompt_ids[present][0]).long()  # weight 0 there: any prompt will do
+    logits = torch.einsum("bnhd,brlhd->bhnrl", query.to(dtype), key[ids].to(dtype)) * scale
+    w = w.permute(0, 2, 1)[:, None]  # (B, 1, N, R)
+    total = w.sum(-1, keepdim=True)
+    if mode == "blend":
+        share = w / torch.where(total > 0, total, 1.0)
+        probabilities = logits.softmax(-1) * share[..., None]
+    else:
+        # relative to the largest weight: tiny ones lose nothing, and a row without weight is all zeros
+        share = w / torch.where(total > 0, w.amax(-1, keepdim=True), 1.0)
+        peak = logits.masked_fill(share[..., None] <= 0, -torch.inf).flatten(-2).amax(-1)
+        peak = torch.where(peak.isfinite(), peak, 0.0).detach()
+        # clamped where the weight is 0, so that 0 * exp(...) is never 0 * inf
+        mass = share[..., None] * (logits - peak[..., None, None]).clamp(max=0.0).exp()
+        norm = mass.sum((-2, -1), keepdim=True)
+        probabilities = mass / torch.where(norm > 0, norm, 1.0)
+    return torch.einsum("bhnrl,brlhd->bnhd", probabilities, value[ids].to(dtype)).to(query.dtype)

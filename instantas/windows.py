@@ -1,0 +1,277 @@
+"""Window plans: which native windows cover the canvas, and how much each says where they overlap.
+
+Plain geometry, no kernels. Lengths are in cells (latent pixels); an origin is the (y, x) of a window's upper left cell.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from dataclasses import dataclass, field
+from numbers import Integral
+
+import numpy as np
+import torch
+
+WEIGHT_KINDS = ("uniform", "linear", "gaussian", "cosine")
+GAUSSIAN_VARIANCE = 0.01  # of a window of length 1: the value in common use for latent tiles
+
+
+def _positive_int(name: str, value) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name}: expected a positive integer, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name}: expected a positive integer, got {value}")
+    return int(value)
+
+
+def _pair(name: str, value, kind=_positive_int) -> tuple:
+    values = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
+    if len(values) != 2:
+        raise ValueError(f"{name}: expected one value or a pair (vertical, horizontal), got {value!r}")
+    return tuple(kind(name, v) for v in values)
+
+
+def _bool(name: str, value) -> bool:
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name}: expected True or False for each axis, got {value!r}")
+    return bool(value)
+
+
+def _int(name: str, value) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name}: expected integers, got {value!r}")
+    return int(value)
+
+
+def _even_origins(name: str, length: int, window: int, wrap: bool, shift: int) -> np.ndarray:
+    """Origins of the ceil(length / window) windows spread evenly over one axis."""
+    n = -(-length // window)
+    if wrap:  # the circle has no ends: spread over its whole length
+        return (np.arange(n) * length // n + shift) % length
+    if shift:
+        raise ValueError(
+            f"shift: expected 0 on the {name} axis, which does not wrap (a shifted minimum cover would leave "
+            f"cells uncovered), got {shift}"
+        )
+    if n == 1:
+        return np.zeros(1, dtype=np.int64)
+    return np.arange(n) * (length - window) // (n - 1)
+
+
+def _strided_origins(length: int, window: int, stride: int, wrap: bool) -> np.ndarray:
+    if wrap:
+        return np.arange(0, length, stride) if length > window else np.zeros(1, dtype=np.int64)
+    origins = np.arange(0, length - window + 1, stride)
+    return origins if origins[-1] == length - window else np.append(origins, length - window)
+
+
+@dataclass(frozen=True, eq=False)
+class WindowPlan:
+    """Windows of one size that together cover every cell of a canvas.
+
+    Args:
+        height, width: the canvas, in cells.
+        window: (h, w) of every window, or one integer for both; not larger than the canvas.
+        origins: (n, 2) integers, the (y, x) of each window's upper left cell. On an axis that does not wrap,
+            0 <= origin <= length - window; on one that wraps, origins are taken modulo the length.
+        wrap: (vertical, horizontal): whether the axis is a circle, so that a window may cross its border.
+
+    Raises:
+        TypeError, ValueError: for sizes that are not positive integers, windows outside the canvas, and for origins
+            that leave a cell uncovered. A plan that exists covers its canvas.
+
+    Plans compare and hash by value. `minimum_coverage` and `strided` make the two usual ones.
+    """
+
+    height: int
+    width: int
+    window: tuple[int, int]
+    origins: np.ndarray
+    wrap: tuple[bool, bool] = (False, False)
+    _tables: dict = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self):
+        put = functools.partial(object.__setattr__, self)
+        put("height", _positive_int("height", self.height))
+        put("width", _positive_int("width", self.width))
+        put("window", _pair("window", self.window))
+        put("wrap", _pair("wrap", self.wrap, _bool))
+        size = np.array([self.height, self.width])
+        if (np.array(self.window) > size).any():
+            raise ValueError(f"window: expected at most the canvas ({self.height}, {self.width}), got {self.window}")
+        given = np.asarray(self.origins)
+        if given.ndim != 2 or given.shape[1] != 2 or given.shape[0] == 0:
+            raise ValueError(f"origins: expected shape (n, 2) with n >= 1, got {given.shape}")
+        if not np.issubdtype(given.dtype, np.integer):
+            raise TypeError(f"origins: expected integers, got {given.dtype}")
+        origins = given.astype(np.int64)
+        for axis, (length, window, wraps) in enumerate(zip(size, self.window, self.wrap)):
+            if wraps:
+                origins[:, axis] %= length
+            elif origins[:, axis].min() < 0 or origins[:, axis].max() > length - window:
+                raise ValueError(
+                    f"origins: expected 0 to {length - window} on axis {axis}, which does not wrap, "
+                    f"got {origins[:, axis].min()} to {origins[:, axis].max()}"
+                )
+        origins.setflags(write=False)
+        put("origins", origins)
+        uncovered = np.argwhere(self.coverage() == 0)
+        if len(uncovered):
+            y, x = uncovered[0]
+            raise ValueError(f"origins: expected every cell covered, got {len(uncovered)} uncovered, first ({y}, {x})")
+
+    @classmethod
+    def minimum_coverage(cls, height, width, window=64, *, wrap=(False, False), shift=(0, 0)) -> WindowPlan:
+        """The fewest windows that cover the canvas: ceil(height / h) * ceil(width / w) (InstantAS, minimum coverage).
+
+        An axis not longer than the window has one window, of the axis's length. Otherwise the windows keep their native
+        length and spread evenly; they do not overlap where the window divides the length.
+
+        Args:
+            shift: (vertical, horizontal) cells by which the windows move; only along axes that wrap.
+        """
+        height, width = _positive_int("height", height), _positive_int("width", width)
+        (h, w), wrap, shift = _pair("window", window), _pair("wrap", wrap, _bool), _pair("shift", shift, _int)
+        h, w = min(h, height), min(w, width)
+        ys = _even_origins("vertical", height, h, wrap[0], shift[0])
+        xs = _even_origins("horizontal", width, w, wrap[1], shift[1])
+        return cls.grid(height, width, (h, w), ys, xs, wrap=wrap)
+
+    @classmethod
+    def strided(cls, height, width, window=64, stride=8, *, wrap=(False, False)) -> WindowPlan:
+        """A window at every multiple of the stride (MultiDiffusion), the last one flush with the edge.
+
+        Args:
+            stride: (vertical, horizontal) or one integer, at most the window.
+        """
+        height, width = _positive_int("height", height), _positive_int("width", width)
+        (h, w), (sy, sx), wrap = _pair("window", window), _pair("stride", stride), _pair("wrap", wrap, _bool)
+        h, w = min(h, height), min(w, width)
+        ys = _strided_origins(height, h, sy, wrap[0])
+        xs = _strided_origins(width, w, sx, wrap[1])
+        return cls.grid(height, width, (h, w), ys, xs, wrap=wrap)
+
+    @classmethod
+    def grid(cls, height, width, window, ys, xs, *, wrap=(False, False)) -> WindowPlan:
+        """A window at every (y, x) of ys times xs, row by row."""
+        ys, xs = np.asarray(ys), np.asarray(xs)
+        return cls(height, width, window, np.stack([np.repeat(ys, len(xs)), np.tile(xs, len(ys))], axis=1), wrap)
+
+    @property
+    def count(self) -> int:
+        """Number of windows: network evaluations per step and branch."""
+        return len(self.origins)
+
+    @property
+    def lower_bound(self) -> int:
+        """ceil(height / h) * ceil(width / w): no cover by such windows has fewer."""
+        h, w = self.window
+        return -(-self.height // h) * -(-self.width // w)
+
+    @property
+    def overlap(self) -> float:
+        """Cells painted more than once, as a share of the canvas: count * h * w / (height * width) - 1."""
+        return self.count * self.window[0] * self.window[1] / (self.height * self.width) - 1
+
+    def coverage(self) -> np.ndarray:
+        """(height, width) int64: how many windows cover each cell."""
+        (h, w), (y, x) = self.window, self.origins.T
+        # each window adds +1 -1 -1 +1 at its corners on the unrolled canvas; two cumulative sums fill it in
+        cover = np.zeros((self.height + h + 1, self.width + w + 1), dtype=np.int64)
+        for dy, dx, sign in ((0, 0, 1), (0, w, -1), (h, 0, -1), (h, w, 1)):
+            np.add.at(cover, (y + dy, x + dx), sign)
+        cover = cover.cumsum(0).cumsum(1)
+        cover[:h] += cover[self.height : self.height + h]
+        cover[:, :w] += cover[:, self.width : self.width + w]
+        return cover[: self.height, : self.width].copy()
+
+    def weight(self, kind: str = "uniform") -> torch.Tensor:
+        """(h, w) float32 overlap weight of a window, positive everywhere.
+
+        uniform: 1. linear: a ramp from each edge to the middle. cosine: half a period of a sine over each axis.
+        gaussian: variance 0.01 of the window's length, as is usual for latent tiles. Always float32: in half precision
+        the Gaussian is 0 in the window's corners.
+        """
+        if kind not in WEIGHT_KINDS:
+            raise ValueError(f"weight: expected one of {', '.join(WEIGHT_KINDS)}, got {kind!r}")
+        return torch.outer(*(_axis_weight(kind, length) for length in self.window)).float()
+
+    @property
+    def geometry(self) -> list[int]:
+        """[height, width, h, w, wrap_y, wrap_x, tile_y, tile_x]: what every operation on windows is given."""
+        return [self.height, self.width, *self.window, *map(int, self.wrap), *self.tile]
+
+    @property
+    def tile(self) -> tuple[int, int]:
+        """(rows, columns) of the canvas tiles for which `tables` lists the covering windows.
+
+        Wide enough for whole 128-byte lines, no wider than a window (rounded down to a power of two), so that at
+        minimum coverage a tile meets few windows.
+        """
+        return 8, min(64, max(8, 1 << (self.window[1].bit_length() - 1)))
+
+    def tables(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """int32 tensors on the device: origins (n, 2), and which windows touch each tile of the canvas.
+
+        The windows of tile i (row-major) are cover_index[cover_start[i]:cover_start[i + 1]], ascending. Copied to
+        a device once.
+        """
+        if device not in self._tables:
+            host = self._host_tables() if device.type == "cpu" else self.tables(torch.device("cpu"))
+            self._tables[device] = tuple(table.to(device, non_blocking=True) for table in host)
+        return self._tables[device]
+
+    def _host_tables(self):
+        touched = []
+        for axis, (length, tile) in enumerate(zip((self.height, self.width), self.tile)):
+            cells = (self.origins[:, axis, None] + np.arange(self.window[axis])) % length
+            hit = np.zeros((self.count, -(-length // tile)), dtype=bool)
+            hit[np.arange(self.count)[:, None], cells // tile] = True
+            touched.append(hit)
+        rows, columns = touched
+        # join, per window, its tile rows with its tile columns; then sort by tile, keeping windows ascending
+        window, tile_y = np.nonzero(rows)
+        column_window, column = np.nonzero(columns)
+        width = columns.sum(1)
+        repeat = width[window]
+        within = np.arange(repeat.sum()) - np.repeat(repeat.cumsum() - repeat, repeat)
+        first = np.searchsorted(column_window, np.arange(self.count))
+        window_of = np.repeat(window, repeat)
+        tile = np.repeat(tile_y, repeat) * columns.shape[1] + column[first[window_of] + within]
+        order = np.argsort(tile, kind="stable")
+        start = np.searchsorted(tile[order], np.arange(rows.shape[1] * columns.shape[1] + 1))
+        return tuple(torch.from_numpy(np.array(a, dtype=np.int32)) for a in (self.origins, start, window_of[order]))
+
+    def plot(self, path: str | os.PathLike) -> None:
+        """Draw the layout to a picture file (needs matplotlib); the shade says how many windows cover a cell."""
+        from instantas.plots import plot_plan
+
+        plot_plan(self, path)
+
+    def _key(self):
+        return self.height, self.width, self.window, self.wrap, self.origins.tobytes()
+
+    def __eq__(self, other):
+        return self._key() == other._key() if isinstance(other, WindowPlan) else NotImplemented
+
+    def __hash__(self):
+        return hash(self._key())
+
+    def __repr__(self):
+        wrap = f", wrap={self.wrap}" if any(self.wrap) else ""
+        size = f"{self.height}x{self.width}"
+        return f"WindowPlan({size}, {self.count} windows of {self.window}, overlap {self.overlap:.2f}{wrap})"
+
+
+def _axis_weight(kind: str, length: int) -> torch.Tensor:
+    centre = (torch.arange(length, dtype=torch.float64) + 0.5) / length  # cell centres, in (0, 1)
+    match kind:
+        case "uniform":
+            return torch.ones_like(centre)
+        case "linear":
+            return 1 - (2 * centre - 1).abs() + 1 / length
+        case "cosine":
+            return torch.sin(torch.pi * centre)
+        case "gaussian":
+            return torch.exp(-((centre - 0.5) ** 2) / (2 * GAUSSIAN_VARIANCE))
