@@ -1,0 +1,40 @@
+"""Files that are written whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def check_writable(path: str | os.PathLike, *, overwrite: bool = True) -> Path:
+    """The path, after checking that a file can be made there: ask before the work, not after it.
+
+    Raises:
+        ValueError: for a missing or read-only folder, a path that is a folder, and an existing file unless `overwrite`.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"path: expected a file, got the folder {str(path)!r}")
+    if not path.parent.is_dir():
+        raise ValueError(f"path: expected an existing folder, got {str(path.parent)!r}")
+    if not os.access(path.parent, os.W_OK):
+        raise ValueError(f"path: expected a folder that can be written, got {str(path.parent)!r}")
+    if path.exists() and not overwrite:
+        raise ValueError(f"path: expected a new file, got {str(path)!r}, which exists")
+    return path
+
+
+@contextlib.contextmanager
+def whole_file(path: str | os.PathLike, *, overwrite: bool = True) -> Iterator[Path]:
+    """A temporary path beside the wanted one; moved onto it when the block ends well, removed when it does not."""
+    path = check_writable(path, overwrite=overwrite)
+    part = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
+    try:
+        yield part
+        if not overwrite and path.exists():
+            raise ValueError(f"path: expected a new file, got {str(path)!r}, which exists")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
