@@ -185,6 +185,8 @@ def _write_png(picture, output: Path, text: dict[str, str], force: bool) -> None
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw the layout to this file.")
 def plan(size, wrap, window, cell, stride, steps, plot):
     """Windows and network evaluations for a size, against MultiDiffusion's."""
+    if plot:
+        check_writable(plot)
     columns, rows = (-(-length // cell) for length in size)
     ours = WindowPlan.minimum_coverage(rows, columns, window, wrap=wrap)
     theirs = WindowPlan.strided(rows, columns, window, stride, wrap=wrap)
