@@ -1,9 +1,9 @@
 """The embedded model: a small latent diffusion model of twelve materials and a nebula, trained from scratch.
 
-`folder()` is a Stable Diffusion pipeline in diffusers' layout (AutoencoderTiny, CLIPTextModel, UNet2DConditionModel; 3.7 M
-parameters in float16; one native window is 16x16 latents = 128x128 px). Beside `model_index.json` lies `instantas.json` with the
-settings that suit it. `materials.py` draws its training pictures and `train.py` trains a model of the same kind; both need the
-extra packages of `instantas[train]`, importing this module needs none.
+`folder()` is a Stable Diffusion pipeline in diffusers' layout: AutoencoderTiny, CLIPTextModel and UNet2DConditionModel,
+3.7 M parameters in float16, one native window is 16x16 latents = 128x128 px. Beside `model_index.json` lies
+`instantas.json` with the settings that suit it. `materials.py` draws its training pictures, `train.py` trains a model
+of the same kind, `judge.py` recognises the materials; they need `instantas[train]`, importing this module nothing.
 """
 
 from __future__ import annotations
