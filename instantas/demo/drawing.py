@@ -8,8 +8,12 @@ from __future__ import annotations
 import functools
 
 import numpy as np
-import skimage.data
-from scipy import ndimage
+
+try:
+    import skimage.data
+    from scipy import ndimage
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(f"{error.name} is missing: pip install 'instantas[train]'", name=error.name) from error
 
 SIZE = 320
 """Side of a drawing in pixels: two and a half native windows."""

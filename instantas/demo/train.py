@@ -1,0 +1,174 @@
+"""Train a model of the embedded one's kind: `python -m instantas.demo.train --out DIR [--minutes 60] [--threads N]`.
+
+Five stages share the time: pictures, autoencoder, their latents, diffusion model, decoder. The same seed starts from
+the same weights and pictures; how far a stage comes depends on the machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+SHARES = {"pictures": 0.02, "autoencoder": 0.30, "latents": 0.03, "diffusion": 0.50, "decoder": 0.15}
+"""The parts of the time that go to the stages."""
+
+PICTURES = 60
+"""Training pictures of every material, if there is time to draw them."""
+
+DEFAULTS = {"num_inference_steps": 25, "guidance_scale": 2.5}
+"""The settings that suit the model, written into `instantas.json`."""
+
+
+@contextlib.contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder beside the wanted one; renamed to it when the block ends well, removed when it does not.
+
+    Raises:
+        ValueError: at once, if the folder cannot be made or exists and is not empty.
+    """
+    parent = path.resolve().parent
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"out: expected a new or empty folder, got {str(path)!r}")
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ValueError(f"out: expected a place in a folder that can be written, got {str(path)!r}")
+    part = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=parent))
+    try:
+        yield part
+        part.chmod(0o755)
+        os.replace(part, path)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def draw_pictures(stage, seed: int) -> list:
+    """Renders of all materials in turn until the time is over, at least two and at most PICTURES of each."""
+    from instantas.demo import MATERIALS
+    from instantas.demo.materials import render
+
+    renders = []
+    stage.most = PICTURES
+    for _ in stage:
+        renders += [render(material, stage.step, seed) for material in MATERIALS]
+    return renders
+
+
+def save_pipeline(folder: Path, autoencoder, text_encoder, unet, tokenizer, vocabulary: Path) -> None:
+    """Write the parts in float16 as a `StableDiffusionPipeline`, with the vocabulary's files and `instantas.json`.
+
+    Two settings are put right afterwards: transformers would load the text encoder in float16 if its configuration did
+    not name float32, and `AutoencoderTiny` warns of a setting that it writes itself.
+    """
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+    from instantas.demo.diffusion import SCHEDULER
+
+    pipeline = StableDiffusionPipeline(
+        vae=autoencoder.half(),
+        text_encoder=text_encoder.half(),
+        tokenizer=tokenizer,
+        unet=unet.half(),
+        scheduler=DDIMScheduler(**SCHEDULER),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.save_pretrained(folder)
+    for weights in folder.glob("*/*.safetensors"):
+        weights.chmod(0o644)  # safetensors leaves them readable by their owner alone
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copy(vocabulary / name, folder / "tokenizer" / name)
+    _edit_json(folder / "text_encoder" / "config.json", dtype="float32", torch_dtype=None)
+    _edit_json(folder / "vae" / "config.json", block_out_channels=None)
+    (folder / "instantas.json").write_text(json.dumps(DEFAULTS, indent=2) + "\n", encoding="utf-8")
+
+
+def _edit_json(path: Path, **changes) -> None:
+    """Set the entries; None removes one."""
+    entries = json.loads(path.read_text(encoding="utf-8")) | changes
+    entries = {key: value for key, value in entries.items() if not (key in changes and value is None)}
+    path.write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
+
+
+def train(out: str | os.PathLike, minutes: float = 60, threads: int | None = None, seed: int = 0, report=print) -> Path:
+    """Train a model and write it as a folder in diffusers' layout, whole or not at all.
+
+    Args:
+        out: the folder, new or empty.
+        minutes: time for the five stages together; writing the folder takes some seconds more.
+        threads: CPU threads, by default torch's own choice.
+        seed: start of all random numbers.
+        report: called with every progress line.
+
+    Raises:
+        ValueError: for a time that is not positive, fewer than one thread, a negative seed or a folder that is in use.
+        ModuleNotFoundError: if scikit-image, scipy, diffusers or transformers is missing.
+    """
+    if not 0 < minutes < float("inf"):
+        raise ValueError(f"minutes: expected a positive number, got {minutes}")
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads: expected at least 1, got {threads}")
+    if seed < 0:
+        raise ValueError(f"seed: expected 0 or more, got {seed}")
+    out = Path(out)
+    with whole_folder(out) as folder, tempfile.TemporaryDirectory() as vocabulary:
+        from instantas.demo.autoencoder import make_autoencoder, train_autoencoder, train_decoder
+        from instantas.demo.diffusion import make_text_encoder, make_unet, train_diffusion
+        from instantas.demo.latents import make_latents
+        from instantas.demo.tokenizer import make_tokenizer
+        from instantas.demo.training import Stage
+
+        torch.manual_seed(seed)
+        rng = np.random.default_rng(seed)
+        if threads is not None:
+            torch.set_num_threads(threads)
+        stages = {name: Stage(name, 60 * minutes * share, report) for name, share in SHARES.items()}
+        tokenizer = make_tokenizer(Path(vocabulary))
+        renders = draw_pictures(stages["pictures"], seed)
+        report(f"{len(renders)} pictures, {len(tokenizer)} tokens")
+        images = np.stack([render.image for render in renders])
+        autoencoder = make_autoencoder()
+        train_autoencoder(autoencoder, images, stages["autoencoder"], rng)
+        data = make_latents(autoencoder, tokenizer, renders, stages["latents"], rng)
+        report(f"{len(data.joint)} pictures of two materials, scaling factor {data.scale:.4f}")
+        autoencoder.register_to_config(scaling_factor=data.scale)
+        unet, text_encoder = make_unet(), make_text_encoder(tokenizer)
+        train_diffusion(unet, text_encoder, tokenizer, data, stages["diffusion"], rng)
+        train_decoder(autoencoder, images, stages["decoder"], rng)
+        save_pipeline(folder, autoencoder, text_encoder, unet, tokenizer, Path(vocabulary))
+    report(f"wrote {out}")
+    return out
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; errors are one line and exit code 2."""
+    parser = argparse.ArgumentParser(
+        prog="python -m instantas.demo.train", description="Train a model like the embedded one on a CPU."
+    )
+    parser.add_argument("--out", required=True, help="the folder to write, new or empty")
+    parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument("--threads", type=int, help="CPU threads; by default torch's own choice")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(arguments)
+    try:
+        train(options.out, options.minutes, options.threads, options.seed, lambda line: print(line, flush=True))
+    except ModuleNotFoundError as error:
+        print(f"training needs {error.name}: pip install 'instantas[train,diffusers]'", file=sys.stderr)
+        return 2
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
