@@ -1,0 +1,360 @@
+"""The sampling loop: gather windows, denoise them in batches, take one scheduler step on the whole canvas.
+
+Model-agnostic: the denoiser is any function of a batch of windows. Everything beside its evaluation is three passes
+over the canvas.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from numbers import Integral, Real
+from typing import Protocol
+
+import torch
+
+from instantas import ops
+from instantas.schedulers import probe, step_keywords
+from instantas.windows import WindowPlan
+
+WINDOW_BATCH_SIZE = 4  # windows in one network call when the caller does not say: bounds memory whatever the canvas
+
+
+@dataclass(frozen=True)
+class StepContext:
+    """What a denoiser may want to know about the windows it is given.
+
+    Attributes:
+        step, steps: index of the evaluation and how many there are (second-order schedulers evaluate twice a step).
+        timestep: the scheduler's timestep, 0-dimensional, on the latents' device.
+        plan: the windows of this step.
+        rows: (m, 2) int64 on the CPU, the (picture, window) of each window given.
+    """
+
+    step: int
+    steps: int
+    timestep: torch.Tensor
+    plan: WindowPlan
+    rows: torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Stage:
+    """The windows of one step.
+
+    Attributes:
+        plan: the windows, on the canvas of the run.
+        evaluated: (n,) bool, the windows for which the network is run; the others take the latest prediction known at
+            their cells. None: all. The first step evaluates all.
+        adjust: function of (cond, uncond, sample, context), called before the scheduler's step with the predictions
+            (B, n, C, h, w), uncond None without guidance, and the canvas (B, C, H, W); returns the pair to use.
+    """
+
+    plan: WindowPlan
+    evaluated: torch.Tensor | None = None
+    adjust: Callable | None = None
+
+
+class Bridge(Protocol):
+    """Ties windows that do not overlap into one picture, by choosing what each step does."""
+
+    def step(self, step: int, steps: int, plan: WindowPlan) -> Stage:
+        """The stage of a step, asked for all steps before the first evaluation; plan: the one `sample` was given."""
+
+
+def sample(
+    denoiser: Callable,
+    latents: torch.Tensor,
+    plan: WindowPlan,
+    scheduler,
+    *,
+    num_inference_steps: int | None = None,
+    timesteps: Sequence[int] | None = None,
+    guidance_scale: float | torch.Tensor = 1.0,
+    guidance_rescale: float = 0.0,
+    eta: float = 0.0,
+    generator: torch.Generator | list[torch.Generator] | None = None,
+    weight: torch.Tensor | None = None,
+    window_batch_size: int | None = None,
+    bridging: Bridge | None = None,
+    callback: Callable | None = None,
+) -> torch.Tensor:
+    """Denoise a canvas of any size through the windows of a plan.
+
+    Every step scales the canvas for the scheduler, cuts it into windows, evaluates the denoiser on them, merges the
+    predictions, and takes ONE scheduler step on the whole canvas. A scheduler that is a short linear recurrence
+    (`instantas.schedulers.probe`) has merging, guidance and its step done by `ops.guided_step`; any other has
+    `scheduler.step` called once on the merged prediction. Ancestral noise is drawn over the whole canvas, so the result
+    depends on the seed, not on the windows' batches.
+
+    DDPM's ancestral step is diffusers': the posterior q(x_{t-1} | x_t, x_0) with standard deviation
+    sqrt((1 - abar_{t-1}) / (1 - abar_t) beta_t), equation 7 of the InstantAS supplement. Its equation 9 (variance in
+    the standard deviation's place, 1/sqrt(abar_t) for 1/sqrt(alpha_t), an x_0 network read as noise) is not followed.
+
+    Args:
+        denoiser: function of (windows (m, C, h, w), timestep, context: StepContext) that returns the prediction, or the
+            pair (cond, uncond) for classifier-free guidance. Windows come picture by picture.
+        latents: (B, C, H, W) standard normal noise; it is multiplied by the scheduler's initial standard deviation.
+        plan: the windows over (H, W).
+        scheduler: a diffusers scheduler.
+        num_inference_steps, timesteps: at most one; given to the scheduler's `set_timesteps`. Neither: the timesteps
+            that the scheduler has already.
+        guidance_scale: g of u + g (c - u), a float or a (H, W) tensor; of no effect without uncond.
+        guidance_rescale: share by which the guided prediction is rescaled to the standard deviation of cond (Lin et al.
+            2024, section 3.4), over the whole canvas.
+        eta: of schedulers that take it (DDIM).
+        generator: for schedulers that draw noise; a list has one for each picture.
+        weight: overlap weight of the windows, as `ops.scatter_windows` takes it.
+        window_batch_size: windows in one call of the denoiser; None: 4. Halved, with one warning, when memory is out.
+        bridging: chooses plan, evaluated windows and adjustment of each step. None: the same plan at every step. With a
+            plan per step, `weight` must fit them all.
+        callback: function of (step, timestep, latents) after each step; returns latents to go on with, or None.
+            StopIteration ends the run with the latents as they are.
+
+    Returns:
+        (B, C, H, W) latents, of the dtype given.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came, before the denoiser is called.
+    """
+    batch = _window_batch_size(window_batch_size)
+    _check_run(denoiser, latents, plan, scheduler, guidance_rescale, generator)
+    set_timesteps(scheduler, num_inference_steps, timesteps, latents.device)
+    stages = _stages(bridging, plan, len(scheduler.timesteps), weight)
+    _check_step(latents, stages, guidance_scale)
+
+    recurrence = probe(scheduler, eta)
+    update = _LinearUpdate(recurrence, latents) if recurrence else _SchedulerUpdate(scheduler, generator, eta)
+    evaluate = _Evaluator(denoiser, batch)
+    reuse = any(stage.evaluated is not None for stage, _ in stages)
+    latest = None
+    canvas = latents * getattr(scheduler, "init_noise_sigma", 1.0)
+    for i, (t, (stage, weight)) in enumerate(zip(scheduler.timesteps, stages)):
+        context = StepContext(i, len(stages), t, stage.plan, _rows(len(latents), stage))
+        windows = ops.gather_windows(update.scale(canvas, i, t), stage.plan)
+        cond, uncond = _predict(evaluate, windows, context, stage, latest)
+        if reuse:
+            latest = tuple(p if p is None else ops.scatter_windows(p, stage.plan, weight) for p in (cond, uncond))
+        if stage.adjust is not None:
+            cond, uncond = stage.adjust(cond, uncond, canvas, context)
+        plan = stage.plan
+        if uncond is not None and guidance_rescale > 0:
+            merged = _rescaled(cond, uncond, plan, weight, guidance_scale, guidance_rescale)
+            plan, weight = WindowPlan.minimum_coverage(plan.height, plan.width, (plan.height, plan.width)), None
+            cond, uncond = merged[:, None], None
+        canvas = update.step(cond, uncond, canvas, plan, weight, guidance_scale, i, t)
+        if callback is not None:
+            try:
+                replaced = callback(i, t, canvas)
+            except StopIteration:
+                break
+            canvas = canvas if replaced is None else replaced
+    return canvas
+
+
+def set_timesteps(scheduler, num_inference_steps, timesteps, device) -> None:
+    """Set a number of steps or a list of timesteps on the scheduler; neither: keep those that it has."""
+    if num_inference_steps is not None and timesteps is not None:
+        raise ValueError("timesteps: expected either timesteps or num_inference_steps, got both")
+    if timesteps is not None:
+        if "timesteps" not in inspect.signature(scheduler.set_timesteps).parameters:
+            raise ValueError(f"timesteps: expected None, as {type(scheduler).__name__} takes none, got {timesteps}")
+        scheduler.set_timesteps(timesteps=list(timesteps), device=device)
+    elif num_inference_steps is not None:
+        if isinstance(num_inference_steps, bool) or not isinstance(num_inference_steps, Integral):
+            raise TypeError(f"num_inference_steps: expected a positive integer, got {num_inference_steps!r}")
+        if num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps: expected a positive integer, got {num_inference_steps}")
+        scheduler.set_timesteps(int(num_inference_steps), device=device)
+    elif getattr(scheduler, "num_inference_steps", None) is None:
+        raise ValueError("num_inference_steps: expected a number, as the scheduler has no timesteps set, got None")
+
+
+class _LinearUpdate:
+    """Merging, guidance and the scheduler's step in one pass, with coefficients that lie on the device."""
+
+    def __init__(self, recurrence, latents):
+        self.scaled = bool((recurrence.input_scale != 1).any())
+        self.table = recurrence.to(latents.device)
+        self.history = latents.new_zeros(recurrence.history, *latents.shape) if recurrence.history else None
+
+    def scale(self, canvas, i, t):
+        return canvas * self.table.input_scale[i] if self.scaled else canvas
+
+    def step(self, cond, uncond, canvas, plan, weight, guidance, i, t):
+        canvas, self.history = ops.guided_step(
+            cond,
+            uncond,
+            canvas,
+            plan,
+            self.table.coefficients[i],
+            guidance,
+            weight=weight,
+            history=self.history,
+            keep=self.table.keep[i],
+        )
+        return canvas
+
+
+class _SchedulerUpdate:
+    """The scheduler's own step, once, on the merged prediction."""
+
+    def __init__(self, scheduler, generator, eta):
+        self.scheduler = scheduler
+        self.keywords = step_keywords(scheduler, generator, eta)
+
+    def scale(self, canvas, i, t):
+        scale = getattr(self.scheduler, "scale_model_input", None)
+        return canvas if scale is None else scale(canvas, t).to(canvas.dtype)
+
+    def step(self, cond, uncond, canvas, plan, weight, guidance, i, t):
+        merged = _guided(cond, uncond, plan, weight, guidance)[0]
+        return self.scheduler.step(merged, t, canvas, return_dict=False, **self.keywords)[0].to(canvas.dtype)
+
+
+def _guided(cond, uncond, plan, weight, guidance):
+    """The merged prediction after guidance, and before it."""
+    cond = ops.scatter_windows(cond, plan, weight)
+    if uncond is None:
+        return cond, cond
+    uncond = ops.scatter_windows(uncond, plan, weight)
+    return (uncond + guidance * (cond - uncond)).to(cond.dtype), cond
+
+
+def _rescaled(cond, uncond, plan, weight, guidance, share):
+    guided, cond = _guided(cond, uncond, plan, weight, guidance)
+    ratio = cond.std((1, 2, 3), keepdim=True) / guided.std((1, 2, 3), keepdim=True)
+    return guided * (share * ratio + 1 - share)
+
+
+class _Evaluator:
+    """Calls the denoiser on batches of windows, smaller ones once memory has run out."""
+
+    def __init__(self, denoiser, batch):
+        self.denoiser, self.batch = denoiser, batch
+
+    def __call__(self, windows, context):
+        """Predictions (cond, uncond or None) of windows (m, C, h, w)."""
+        parts, start = [], 0
+        while start < len(windows):
+            given = windows[start : start + self.batch]
+            rows = context.rows[start : start + self.batch]
+            try:
+                part = _pair(self.denoiser(given, context.timestep, replace(context, rows=rows)), given)
+            except torch.OutOfMemoryError:
+                if len(given) == 1:
+                    raise
+                part = None
+            if part is None:  # outside of the handler, which keeps what the failed call had allocated
+                self._halve(len(given), windows.device)
+                continue
+            parts.append(part)
+            start += len(given)
+        cond, uncond = zip(*parts)
+        return _joined(cond), None if uncond[0] is None else _joined(uncond)
+
+    def _halve(self, size, device):
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.batch = size // 2
+        warnings.warn(f"out of memory with {size} windows at once; going on with {self.batch}", stacklevel=4)
+
+
+def _joined(parts):
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _pair(prediction, windows):
+    pair = prediction if isinstance(prediction, (tuple, list)) else (prediction, None)
+    if len(pair) != 2:
+        raise ValueError(f"denoiser: expected a prediction or a pair (cond, uncond), got {len(pair)} values")
+    for part in pair:
+        if part is not None and part.shape != windows.shape:
+            raise ValueError(f"denoiser: expected predictions of shape {tuple(windows.shape)}, got {tuple(part.shape)}")
+    return tuple(part if part is None else part.to(windows.dtype) for part in pair)
+
+
+def _predict(evaluate, windows, context, stage, latest):
+    """Predictions (B, n, C, h, w) of a step's windows: evaluated ones fresh, the others from the latest canvas."""
+    b, n = windows.shape[:2]
+    if stage.evaluated is None:
+        fresh = evaluate(windows.flatten(0, 1), context)
+        return tuple(p if p is None else p.unflatten(0, (b, n)) for p in fresh)
+    chosen = stage.evaluated.nonzero()[:, 0].to(windows.device)
+    fresh = evaluate(windows[:, chosen].flatten(0, 1), context)
+    return tuple(
+        p if p is None else ops.gather_windows(old, stage.plan).index_copy(1, chosen, p.unflatten(0, (b, len(chosen))))
+        for p, old in zip(fresh, latest)
+    )
+
+
+def _rows(pictures, stage):
+    windows = torch.arange(stage.plan.count)
+    if stage.evaluated is not None:
+        windows = windows[stage.evaluated]
+    return torch.cartesian_prod(torch.arange(pictures), windows)
+
+
+def _stages(bridging, plan, steps, weight):
+    """(stage, overlap weight) of every step."""
+    if bridging is None:
+        return [(Stage(plan), weight)] * steps
+    stages = [bridging.step(i, steps, plan) for i in range(steps)]
+    for i, stage in enumerate(stages):
+        size = (stage.plan.height, stage.plan.width)
+        if size != (plan.height, plan.width):
+            raise ValueError(f"bridging: expected plans of {plan.height} x {plan.width} cells, got {size} at step {i}")
+        if stage.evaluated is None:
+            continue
+        wanted = (stage.plan.count,)
+        if stage.evaluated.dtype != torch.bool or stage.evaluated.shape != wanted or not stage.evaluated.any():
+            raise ValueError(f"bridging: expected evaluated as {wanted} bool with at least one True at step {i}")
+        if i == 0 and not stage.evaluated.all():
+            raise ValueError("bridging: expected every window evaluated at step 0, as there is nothing to re-use")
+    return [(stage, _fresh_first(stage, weight)) for stage in stages]
+
+
+def _fresh_first(stage, weight):
+    """The overlap weight, with no say for re-used windows where an evaluated one covers the cell."""
+    if stage.evaluated is None or stage.evaluated.all():
+        return weight
+    plan, fresh = stage.plan, stage.evaluated
+    device = torch.device("cpu") if weight is None else weight.device
+    weight = torch.ones(plan.window, device=device) if weight is None else weight
+    weight = weight.expand(plan.count, *plan.window)
+    mark = fresh.to(device, weight.dtype)[None, :, None, None, None].expand(1, -1, 1, *plan.window).contiguous()
+    covered = ops.gather_windows((ops.scatter_windows(mark, plan) > 0).to(weight.dtype), plan)[0, :, 0] > 0
+    return weight.masked_fill(covered & ~fresh.to(device)[:, None, None], 0.0)
+
+
+def _window_batch_size(value):
+    if value is None:
+        return WINDOW_BATCH_SIZE
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"window_batch_size: expected a positive integer or None, got {value!r}")
+    if value < 1:
+        raise ValueError(f"window_batch_size: expected a positive integer or None, got {value}")
+    return int(value)
+
+
+def _check_run(denoiser, latents, plan, scheduler, guidance_rescale, generator):
+    if not callable(denoiser):
+        raise TypeError(f"denoiser: expected a function, got {type(denoiser).__name__}")
+    for method in ("set_timesteps", "step"):
+        if not callable(getattr(scheduler, method, None)):
+            raise TypeError(f"scheduler: expected a diffusers scheduler, got {type(scheduler).__name__}")
+    ops.gather_windows(latents[:0] if isinstance(latents, torch.Tensor) and latents.dim() else latents, plan)
+    if isinstance(generator, list) and len(generator) != len(latents):
+        raise ValueError(f"generator: expected one for each of {len(latents)} pictures, got {len(generator)}")
+    if not isinstance(guidance_rescale, Real) or not 0 <= guidance_rescale <= 1:
+        raise ValueError(f"guidance_rescale: expected 0 to 1, got {guidance_rescale!r}")
+
+
+def _check_step(latents, stages, guidance_scale):
+    """Run the canvas operations once on no picture at all: they check plan, weight and guidance scale."""
+    for stage, weight in {(id(s.plan), id(w)): (s, w) for s, w in stages}.values():
+        none = latents[:0]
+        windows = ops.gather_windows(none, stage.plan)
+        ops.guided_step(windows, windows, none, stage.plan, (1.0, 0.0), guidance_scale, weight=weight)

@@ -1,0 +1,146 @@
+"""A diffusers scheduler's update as a short linear recurrence, read off the scheduler itself.
+
+DDIM, Euler, DPM-Solver(++), PNDM, LMS, UniPC, DEIS, Heun and KDPM2 are linear in the starting noise and the model
+outputs so far. Run on one-hot basis vectors, such a scheduler shows its coefficients; what it keeps between steps shows
+what its history is made of. No scheduler is written down again here.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+MAX_HISTORY = 4  # PNDM looks back four entries, as its second step counts for none
+TOLERANCE = 2e-5  # relative: schedulers keep their own tables in float32
+_SPREAD = 3.0  # standard deviation of the trajectory that tests a recurrence: far enough out for any clipping to show
+
+
+@dataclass(frozen=True)
+class Recurrence:
+    """The steps x' = a x + b m + sum_j c_j h_j with history entries h = d x + e m.
+
+    Attributes:
+        coefficients: (steps, 2 + k) float64, rows (a, b, c_1 .. c_k), the newest entry first.
+        keep: (steps, 2) float64, rows (d, e).
+        input_scale: (steps,) float64, by which `scale_model_input` multiplies the sample.
+    """
+
+    coefficients: torch.Tensor
+    keep: torch.Tensor
+    input_scale: torch.Tensor
+
+    @property
+    def history(self) -> int:
+        """k, the number of entries the steps look back."""
+        return self.coefficients.shape[1] - 2
+
+    def to(self, device) -> Recurrence:
+        return Recurrence(*(table.to(device) for table in (self.coefficients, self.keep, self.input_scale)))
+
+
+def step_keywords(scheduler, generator=None, eta: float = 0.0) -> dict:
+    """The keywords among generator and eta that `scheduler.step` takes."""
+    accepted = inspect.signature(scheduler.step).parameters
+    return {name: value for name, value in (("generator", generator), ("eta", eta)) if name in accepted}
+
+
+def probe(scheduler, eta: float = 0.0) -> Recurrence | None:
+    """The recurrence of a scheduler whose timesteps are set; None if its steps are not one.
+
+    A scheduler that draws noise, is not linear (thresholding, clipping) or looks back further than `MAX_HISTORY` has
+    none. Copies of the scheduler are run in float64 on the CPU; neither it nor any random state is touched.
+    """
+    steps = len(scheduler.timesteps)
+    with torch.random.fork_rng(devices=[]):
+        noise = torch.randn(1 + steps, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * _SPREAD
+        trajectory, _, _ = _run(scheduler, noise[0], noise[1:], eta, seed=1)
+        again, _, _ = _run(scheduler, noise[0], noise[1:], eta, seed=2)
+        if not np.array_equal(trajectory, again):
+            return None
+        basis = torch.eye(1 + steps, dtype=torch.float64)
+        x, scale, kept = _run(scheduler, basis[0], basis[1:], eta, seed=1)
+    if scale is None:
+        return None
+    m = basis[1:].numpy()
+    for k in range(MAX_HISTORY + 1):
+        for keep in _entries(x, m, kept) if k else [np.tile((0.0, 1.0), (steps, 1))]:
+            coefficients = _solve(x, m, keep, k)
+            if coefficients is not None and _reproduces(coefficients, keep, noise.numpy(), trajectory):
+                return Recurrence(*map(torch.from_numpy, (coefficients, keep, scale)))
+    return None
+
+
+def _run(scheduler, sample, outputs, eta, seed):
+    """Run a copy on vectors: samples (steps + 1, n), input scale (steps,) or None, and what it kept after each step."""
+    scheduler = copy.deepcopy(scheduler)
+    for name, value in vars(scheduler).items():
+        if isinstance(value, torch.Tensor):
+            setattr(scheduler, name, value.cpu())
+    torch.manual_seed(seed)
+    keywords = step_keywords(scheduler, torch.Generator().manual_seed(seed), eta)
+    samples, scales, kept = [sample], [], []
+    for t, output in zip(scheduler.timesteps, outputs):
+        sample = samples[-1].reshape(1, 1, 1, -1)
+        scaled = scheduler.scale_model_input(sample, t) if hasattr(scheduler, "scale_model_input") else sample
+        scale = (sample * scaled).sum() / (sample * sample).sum()
+        scales.append(scale if torch.allclose(scaled.double(), scale * sample, rtol=TOLERANCE) else None)
+        sample = scheduler.step(output.reshape(sample.shape), t, sample, return_dict=False, **keywords)[0]
+        samples.append(sample.flatten().double())
+        kept.append(_state(scheduler, sample.shape))
+    scales = None if None in scales else torch.stack(scales).double().numpy()
+    return torch.stack(samples).numpy(), scales, kept
+
+
+def _state(scheduler, shape) -> dict:
+    """Attribute name -> the newest tensor of the sample's shape that the scheduler holds under it."""
+    state = {}
+    for name, value in vars(scheduler).items():
+        for tensor in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(tensor, torch.Tensor) and tensor.shape == shape:
+                state[name] = tensor.flatten().double().numpy()
+    return state
+
+
+def _entries(x, m, kept):
+    """Candidates for the history entries, (steps, 2) each: the model output, and whatever the scheduler keeps."""
+    plain = np.tile((0.0, 1.0), (len(m), 1))
+    yield plain
+    for name in dict.fromkeys(name for state in kept for name in state):
+        keep = plain.copy()
+        for t, state in enumerate(kept):
+            if name in state:
+                pair = np.stack([x[t], m[t]], axis=1)
+                found = np.linalg.lstsq(pair, state[name], rcond=None)[0]
+                if np.allclose(pair @ found, state[name], rtol=TOLERANCE, atol=TOLERANCE):
+                    keep[t] = found
+        yield keep
+
+
+def _solve(x, m, keep, k):
+    """(steps, 2 + k) coefficients that turn each basis sample into the next, or None."""
+    entries = keep[:, :1] * x[:-1] + keep[:, 1:] * m
+    coefficients = np.zeros((len(m), 2 + k))
+    for t in range(len(m)):
+        columns = np.stack([x[t], m[t], *entries[max(0, t - k) : t][::-1]], axis=1)
+        found = np.linalg.lstsq(columns, x[t + 1], rcond=None)[0]
+        if abs(columns @ found - x[t + 1]).max() > TOLERANCE * max(1.0, abs(x[t + 1]).max()):
+            return None
+        coefficients[t, : len(found)] = found
+    return coefficients
+
+
+def _reproduces(coefficients, keep, noise, trajectory) -> bool:
+    """Whether the recurrence follows the scheduler along a trajectory that it was not read from."""
+    x, k = noise[0], coefficients.shape[1] - 2
+    history = [np.zeros_like(x)] * k
+    for (a, b, *cs), (d, e), m, wanted in zip(coefficients, keep, noise[1:], trajectory[1:]):
+        new = a * x + b * m + sum(c * h for c, h in zip(cs, history))
+        history = [d * x + e * m, *history][:k]
+        x = new
+        if not abs(x - wanted).max() <= TOLERANCE * max(1.0, abs(wanted).max()):
+            return False
+    return True
