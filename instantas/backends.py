@@ -37,7 +37,7 @@ SCHEMAS = {
 
 # Per device, the backends in order of preference: the first that is available runs the operation.
 PREFERENCE = {
-    "cpu": dict.fromkeys(SCHEMAS, ("reference",)),
+    "cpu": dict.fromkeys(SCHEMAS, ("cpp", "reference")),
     "cuda": dict.fromkeys(SCHEMAS, ("reference",)),
 }
 
@@ -101,10 +101,20 @@ def _absent(name: str) -> str | None:
     if name == "cuda" and not torch.cuda.is_available():
         return f"built{_architectures(library)}, not loadable: there is no CUDA device"
     try:
+        _define(name)
         torch.ops.load_library(library)
     except OSError as error:
         return f"{library.name} does not load: {error}"
     return None
+
+
+@functools.cache
+def _define(name: str) -> torch.library.Library:
+    """The operators instantas_cpp::* or instantas_cuda::*, which the library then implements."""
+    namespace = torch.library.Library(f"instantas_{name}", "DEF")
+    for operation, schema in SCHEMAS.items():
+        namespace.define(operation + schema.replace("SymInt[]", "int[]"))
+    return namespace
 
 
 def _architectures(library: Path) -> str:

@@ -1,0 +1,112 @@
+// guided_step on the host.
+#include <algorithm>
+
+#include "cover.h"
+#include "host.h"
+#include "step.cuh"
+
+namespace instantas {
+
+namespace {
+
+constexpr int64_t GRAIN = 1 << 14;  // cells that are worth a thread
+
+template <class T>
+struct Step {
+  using A = arithmetic_t<T>;
+  const T *cond, *uncond, *sample, *history;
+  T *new_sample, *new_history;
+  const A* guidance_map;
+  A guidance;
+  Overlap<A> overlap;
+  Update update;
+  int64_t entry;  // elements of one history entry
+};
+
+// One row of a tile: the merged sums become the new sample and the new history entry.
+template <class T, class A = arithmetic_t<T>>
+void advance(const Step<T>& step, int64_t offset, const A* guidance, const A* norm, A* merged, A* unguided, int count) {
+  for (int x = 0; x < count; ++x) merged[x] /= norm[x];
+  if (step.uncond) {
+    for (int x = 0; x < count; ++x)
+      merged[x] = guided(merged[x], unguided[x] / norm[x], guidance ? guidance[x] : step.guidance);
+  }
+  const T* sample = step.sample + offset;
+  const double* numbers = step.update.coefficients;
+  const int k = step.update.history;
+  if (k > 0) {
+    const A d = static_cast<A>(step.update.keep[0]), e = static_cast<A>(step.update.keep[1]);
+    T* newest = step.new_history + offset;
+    for (int x = 0; x < count; ++x) newest[x] = narrow<T>(combined(d, A(widen(sample[x])), e, merged[x]));
+  }
+  A* history = unguided;  // which is spent
+  std::fill_n(history, count, A(0));
+  for (int j = 0; j < k; ++j) {
+    const A c = static_cast<A>(numbers[2 + j]);
+    const T* past = step.history + j * step.entry + offset;
+    for (int x = 0; x < count; ++x) history[x] += c * widen(past[x]);
+    if (j + 1 < k) std::copy_n(past, count, step.new_history + (j + 1) * step.entry + offset);
+  }
+  const A a = static_cast<A>(numbers[0]), b = static_cast<A>(numbers[1]);
+  T* out = step.new_sample + offset;
+  for (int x = 0; x < count; ++x) out[x] = narrow<T>(combined(a, A(widen(sample[x])), b, merged[x]) + history[x]);
+}
+
+template <class T, class A = arithmetic_t<T>>
+void run(const Step<T>& step, const Plan& plan, int64_t images) {
+  const int64_t tiles = int64_t{plan.tiles_y()} * plan.tiles_x(), area = int64_t{plan.tile_y} * plan.tile_x;
+  const int64_t grain = GRAIN / (area * plan.channels) + 1;
+  torch::stable::parallel_for(0, images * tiles, grain, [&](int64_t begin, int64_t end) {
+    std::vector<A> norm(area), merged(area), unguided(area);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t image = task / tiles;
+      const Tile tile(plan, task % tiles);
+      std::fill(norm.begin(), norm.end(), A(0));
+      sum_weights(plan, tile, step.overlap, norm.data());
+      for (int channel = 0; channel < plan.channels; ++channel) {
+        std::fill(merged.begin(), merged.end(), A(0));
+        sum_windows(plan, tile, step.overlap, step.cond, image, channel, merged.data());
+        if (step.uncond) {
+          std::fill(unguided.begin(), unguided.end(), A(0));
+          sum_windows(plan, tile, step.overlap, step.uncond, image, channel, unguided.data());
+        }
+        for (int y = tile.y.begin; y < tile.y.end; ++y) {
+          const int64_t row = int64_t{y - tile.y.begin} * plan.tile_x;
+          const A* guidance = step.guidance_map ? step.guidance_map + int64_t{y} * plan.width + tile.x.begin : nullptr;
+          advance<T>(step, plan.canvas_offset(image, channel, y, tile.x.begin), guidance, norm.data() + row,
+                     merged.data() + row, unguided.data() + row, tile.x.end - tile.x.begin);
+        }
+      }
+    }
+  });
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> guided_step(Tensor cond, OptionalTensor uncond, Tensor sample, OptionalTensor weight,
+                                       Tensor history, Tensor coefficients, Tensor keep, double guidance_scale,
+                                       OptionalTensor guidance_map, Tensor origins, Tensor cover_start,
+                                       Tensor cover_index, Geometry geometry) {
+  cond = packed(cond), sample = packed(sample), history = packed(history);
+  coefficients = packed(coefficients), keep = packed(keep);
+  if (uncond) uncond = packed(*uncond);
+  weight = packed_arithmetic(weight, sample);
+  guidance_map = packed_arithmetic(guidance_map, sample);
+  const Plan plan = make_plan(origins, cover_start, cover_index, geometry, sample.size(1));
+  Tensor new_sample = torch::stable::new_empty(sample, sample.sizes());
+  Tensor new_history = torch::stable::new_empty(history, history.sizes());
+  if (sample.numel() == 0) return {new_sample, new_history};
+  with_element(sample, [&](auto element) {
+    using T = decltype(element);
+    using A = arithmetic_t<T>;
+    const Overlap<A> overlap{data<A>(weight), weight && weight->dim() == 3 ? plan.window_plane() : 0};
+    const Update update{data<double>(coefficients), data<double>(keep), static_cast<int>(history.size(0))};
+    const Step<T> step{data<T>(cond), data<T>(uncond), data<T>(sample), data<T>(history), mutable_data<T>(new_sample),
+                       mutable_data<T>(new_history), data<A>(guidance_map), static_cast<A>(guidance_scale), overlap,
+                       update, sample.numel()};
+    run<T>(step, plan, sample.size(0));
+  });
+  return {new_sample, new_history};
+}
+
+}  // namespace instantas

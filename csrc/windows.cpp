@@ -1,0 +1,87 @@
+// gather_windows and scatter_windows on the host.
+#include <algorithm>
+
+#include "cover.h"
+#include "host.h"
+
+namespace instantas {
+
+namespace {
+
+constexpr int64_t GRAIN = 1 << 15;  // elements that are worth a thread
+
+void gather(const char* canvas, char* windows, const Plan& plan, int64_t planes, int64_t size) {
+  torch::stable::parallel_for(0, planes, GRAIN / plan.window_plane() + 1, [&](int64_t begin, int64_t end) {
+    for (int64_t plane = begin; plane < end; ++plane) {
+      const int channel = static_cast<int>(plane % plan.channels);
+      const int window = static_cast<int>(plane / plan.channels % plan.windows);
+      const int64_t image = plane / plan.channels / plan.windows;
+      const int y0 = plan.origins[2 * window], x0 = plan.origins[2 * window + 1];
+      const int64_t whole = std::min(plan.w, plan.width - x0);  // the rest lies at the other end of the axis
+      for (int i = 0; i < plan.h; ++i) {
+        const char* row = canvas + plan.canvas_offset(image, channel, position(i, y0, plan.height), 0) * size;
+        char* out = windows + (plane * plan.window_plane() + int64_t{i} * plan.w) * size;
+        std::memcpy(out, row + x0 * size, whole * size);
+        std::memcpy(out + whole * size, row, (plan.w - whole) * size);
+      }
+    }
+  });
+}
+
+template <class T, class A>
+void scatter(const T* windows, const Overlap<A>& overlap, T* canvas, const Plan& plan, int64_t images, bool normalize) {
+  const int64_t tiles = int64_t{plan.tiles_y()} * plan.tiles_x(), area = int64_t{plan.tile_y} * plan.tile_x;
+  const int64_t grain = GRAIN / (area * plan.channels) + 1;
+  torch::stable::parallel_for(0, images * tiles, grain, [&](int64_t begin, int64_t end) {
+    std::vector<A> norm(area), total(area);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t image = task / tiles;
+      const Tile tile(plan, task % tiles);
+      std::fill(norm.begin(), norm.end(), A(0));
+      if (normalize) sum_weights(plan, tile, overlap, norm.data());
+      for (int channel = 0; channel < plan.channels; ++channel) {
+        std::fill(total.begin(), total.end(), A(0));
+        sum_windows(plan, tile, overlap, windows, image, channel, total.data());
+        for (int y = tile.y.begin; y < tile.y.end; ++y) {
+          const A* sum = total.data() + (y - tile.y.begin) * plan.tile_x;
+          const A* weight = norm.data() + (y - tile.y.begin) * plan.tile_x;
+          T* out = canvas + plan.canvas_offset(image, channel, y, tile.x.begin);
+          const int count = tile.x.end - tile.x.begin;
+          if (normalize)
+            for (int x = 0; x < count; ++x) out[x] = narrow<T>(sum[x] / weight[x]);
+          else
+            for (int x = 0; x < count; ++x) out[x] = narrow<T>(sum[x]);
+        }
+      }
+    }
+  });
+}
+
+}  // namespace
+
+Tensor gather_windows(Tensor canvas, Tensor origins, Tensor cover_start, Tensor cover_index, Geometry geometry) {
+  canvas = packed(canvas);
+  const Plan plan = make_plan(origins, cover_start, cover_index, geometry, canvas.size(1));
+  const int64_t planes = canvas.size(0) * plan.windows * plan.channels;
+  Tensor windows = torch::stable::new_empty(canvas, {canvas.size(0), plan.windows, plan.channels, plan.h, plan.w});
+  if (windows.numel()) gather(data<char>(canvas), mutable_data<char>(windows), plan, planes, canvas.element_size());
+  return windows;
+}
+
+Tensor scatter_windows(Tensor windows, OptionalTensor weight, Tensor origins, Tensor cover_start, Tensor cover_index,
+                       Geometry geometry, bool normalize) {
+  windows = packed(windows);
+  weight = packed_arithmetic(weight, windows);
+  const Plan plan = make_plan(origins, cover_start, cover_index, geometry, windows.size(2));
+  Tensor canvas = torch::stable::new_empty(windows, {windows.size(0), plan.channels, plan.height, plan.width});
+  if (canvas.numel() == 0) return canvas;
+  with_element(windows, [&](auto element) {
+    using T = decltype(element);
+    using A = arithmetic_t<T>;
+    const Overlap<A> overlap{data<A>(weight), weight && weight->dim() == 3 ? plan.window_plane() : 0};
+    scatter(data<T>(windows), overlap, mutable_data<T>(canvas), plan, windows.size(0), normalize);
+  });
+  return canvas;
+}
+
+}  // namespace instantas
