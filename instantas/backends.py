@@ -37,7 +37,7 @@ SCHEMAS = {
 
 # Per device, the backends in order of preference: the first that is available runs the operation.
 PREFERENCE = {
-    "cpu": dict.fromkeys(SCHEMAS, ("cpp", "reference")),
+    "cpu": {op: ("reference",) if "attention" in op else ("cpp", "reference") for op in SCHEMAS},
     "cuda": dict.fromkeys(SCHEMAS, ("reference",)),
 }
 
