@@ -143,7 +143,7 @@ def guided_step(
     b, n, channels = cond.shape[:3]
     new_sample, new_history = (t.new_empty(t.shape, dtype=_stored(t.dtype)) for t in (sample, history))
     if new_sample.numel():
-        # the block of scatter_windows and for its reasons; the second accumulator still leaves 8 programs a multiprocessor
+        # the block of scatter_windows and for its reasons; with two accumulators 4 programs still fit a multiprocessor
         depth = min(4, triton.next_power_of_2(channels))
         grid = (b * triton.cdiv(channels, depth) * triton.cdiv(height, tile_y) * triton.cdiv(width, tile_x),)
 

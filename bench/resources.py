@@ -1,0 +1,180 @@
+"""Registers, spills and shared memory of every kernel on every architecture, without a GPU.
+
+    python -m bench.resources
+
+compiles the Triton kernels ahead of time with the arguments that the operations really launch them with, reads the
+CUDA library where it is built, and writes bench/results/resources.md.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+os.environ.pop("TRITON_INTERPRET", None)  # read when a kernel is decorated: interpreted kernels cannot be compiled
+
+import torch  # noqa: E402
+import triton  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from instantas.files import whole_file  # noqa: E402
+from instantas.kernels import attention, step, windows  # noqa: E402
+from instantas.windows import WindowPlan  # noqa: E402
+
+ROOT = Path(__file__).parent.parent
+ARCHITECTURES = (80, 90, 100)
+SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes one block may use, CUDA programming guide
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class Usage(NamedTuple):
+    kernel: str
+    case: str
+    architecture: str
+    registers: int  # per thread
+    spilled: int  # bytes of stack per thread
+    shared: int  # bytes per block
+
+
+def cases(full: bool = True) -> Iterator[tuple[str, Callable[[], object]]]:
+    """(name, call): the calls that launch every Triton kernel in every shape of its configuration."""
+    for name in DTYPES if full else ("fp32", "bf16"):
+        for align, plan in (("aligned", WindowPlan.minimum_coverage(128, 128, 64)), ("odd", _odd_plan())):
+            if full or align == "aligned":
+                yield from _window_cases(f"{name} {align}", DTYPES[name], plan)
+    for name, depth, length in ATTENTION if full else ATTENTION[:5]:
+        for mode in ("blend", "joint"):
+            case = _attention_case(DTYPES[name], depth, length, mode == "joint")
+            yield f"{name} D={depth} L={length} {mode}", case
+
+
+# dtype, head size, tokens. First the largest layers of SD 2.0 and 1.5, and the largest head size with long prompts
+ATTENTION = [("bf16", 64, 77), ("fp16", 160, 77), ("bf16", 256, 154), ("fp32", 64, 77), ("fp32", 256, 154)]
+ATTENTION += [(n, d, 77) for n in ("bf16", "fp32") for d in (32, 40, 80, 96, 128, 160)]
+ATTENTION += [("fp16", 64, 77), ("bf16", 64, 512), ("bf16", 64, 20), ("bf16", 160, 512), ("fp32", 64, 512)]
+
+
+def _odd_plan():
+    return WindowPlan.minimum_coverage(63, 89, (17, 23))
+
+
+def _window_cases(name, dtype, plan):
+    canvas = torch.zeros(2, 4, plan.height, plan.width, dtype=dtype)
+    inputs = torch.zeros(2, plan.count, 4, *plan.window, dtype=dtype)
+    tables, weight = plan.tables(canvas.device), plan.weight("gaussian")
+    map_ = torch.ones(plan.height, plan.width)
+    keep = torch.zeros(2, dtype=torch.float64)
+
+    def guided(k, uncond, guidance_map):
+        coefficients, history = torch.zeros(2 + k, dtype=torch.float64), canvas.new_zeros(k, *canvas.shape)
+        arguments = inputs, uncond, canvas, weight, history, coefficients, keep, 7.5, guidance_map
+        return lambda: step.guided_step(*arguments, *tables, plan.geometry)
+
+    yield name, lambda: windows.gather_windows(canvas, *tables, plan.geometry)
+    for normalize in (True, False):
+        each = None if not normalize else weight
+        yield name, lambda w=each, n=normalize: windows.scatter_windows(inputs, w, *tables, plan.geometry, n)
+    yield f"{name} k=0 unguided", guided(0, None, None)
+    yield f"{name} k=2 guided", guided(2, inputs, None)
+    yield f"{name} k=3 map", guided(3, inputs, map_)
+
+
+def _attention_case(dtype, depth, length, joint):
+    query, bank = torch.zeros(2, 256, 8, depth, dtype=dtype), torch.zeros(4, length, 8, depth, dtype=dtype)
+    ids, weights = torch.zeros(2, 4, dtype=torch.int32), torch.ones(2, 4, 256)
+
+    def call():
+        attention.regional_attention(query, bank, bank, ids, weights, joint, depth**-0.5)
+        attention.regional_attention_backward(query, query, bank, bank, ids, weights, joint, depth**-0.5)
+
+    return call
+
+
+def launches(call: Callable[[], object]) -> list[tuple]:
+    """(kernel, positional arguments, keyword arguments) of every Triton launch of a call; nothing is run."""
+    seen = []
+
+    def run(kernel, *arguments, grid, warmup, **keywords):
+        seen.append((kernel, arguments, keywords))
+
+    real, triton.JITFunction.run = triton.JITFunction.run, run
+    try:
+        call()
+    finally:
+        triton.JITFunction.run = real
+    return seen
+
+
+def compiled(kernel, arguments, keywords, architecture: int):
+    """The kernel as the just-in-time compiler would make it for these arguments."""
+    given = dict(zip(kernel.arg_names, arguments)) | keywords
+    options = {name: given.pop(name) for name in ("num_warps", "num_stages")}
+    signature, constants, attributes = {}, {}, {}
+    for i, parameter in enumerate(kernel.params):
+        value = given[parameter.name]
+        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+            signature[parameter.name], constants[parameter.name] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[parameter.name] = "*" + triton.runtime.jit.type_canonicalisation_dict[str(value.dtype)[6:]]
+            attributes[(i,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[parameter.name] = "fp32"
+        else:
+            signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % 16 == 0:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+
+
+def triton_usage(full: bool = True, architectures=ARCHITECTURES) -> Iterator[Usage]:
+    """What every Triton kernel uses; `full=False`: a choice of shapes that reaches every kernel."""
+    for case, call in cases(full):
+        for kernel, arguments, keywords in launches(call):
+            for architecture in architectures:
+                binary = compiled(kernel, arguments, keywords, architecture)
+                (_, registers, stack, _), *_ = dump(binary.asm["cubin"])
+                name = kernel.__name__.strip("_").removesuffix("_kernel")
+                yield Usage(name, case, f"sm_{architecture}", registers, stack, binary.metadata.shared)
+
+
+def dump(binary: bytes) -> list[tuple[str, int, int, int]]:
+    """(function, registers, stack bytes, static shared bytes) of every kernel in a cubin or a CUDA library."""
+    with tempfile.NamedTemporaryFile(suffix=".bin") as file:
+        file.write(binary)
+        file.flush()
+        command = [CUOBJDUMP, "--dump-resource-usage", file.name]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    found = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)", text)
+    return [(name, int(registers), int(stack), int(shared)) for name, registers, stack, shared in found]
+
+
+def table(rows: list[Usage]) -> str:
+    lines = ["| kernel | case | architecture | registers | spilled bytes | shared bytes |", "|---|---|---|--:|--:|--:|"]
+    lines += [f"| {' | '.join(map(str, row))} |" for row in rows]
+    return "\n".join(lines)
+
+
+def main():
+    rows = sorted(set(triton_usage()))
+    text = (
+        "# Registers, spills and shared memory\n\n"
+        f"Written by `python -m bench.resources`: ahead of time, triton {triton.__version__}, nothing was run.\n"
+        "Registers and spilled bytes are per thread, shared bytes per block.\n\n## Triton\n\n"
+    )
+    results = ROOT / "bench" / "results"
+    results.mkdir(exist_ok=True)
+    with whole_file(results / "resources.md") as path:
+        path.write_text(text + table(rows) + "\n")
+    print(f"{len(rows)} kernels, {sum(row.spilled > 0 for row in rows)} with spills: {results / 'resources.md'}")
+
+
+if __name__ == "__main__":
+    main()
