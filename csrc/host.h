@@ -62,5 +62,7 @@ std::tuple<Tensor, Tensor> guided_step(Tensor cond, OptionalTensor uncond, Tenso
                                        Tensor history, Tensor coefficients, Tensor keep, double guidance_scale,
                                        OptionalTensor guidance_map, Tensor origins, Tensor cover_start,
                                        Tensor cover_index, Geometry geometry);
+Tensor take_rows(Tensor source, Tensor rows);
+void put_rows(Tensor target, Tensor rows, Tensor values);
 
 }  // namespace instantas

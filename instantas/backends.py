@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from instantas import reference
+from instantas import attention_cpu, reference
 
 BACKENDS = ("reference", "cpp", "triton", "cuda")
 
@@ -37,8 +37,15 @@ SCHEMAS = {
 
 # Per device, the backends in order of preference: the first that is available runs the operation.
 PREFERENCE = {
-    "cpu": {op: ("reference",) if "attention" in op else ("cpp", "reference") for op in SCHEMAS},
-    "cuda": dict.fromkeys(SCHEMAS, ("reference",)),
+    "cpu": dict.fromkeys(SCHEMAS, ("cpp", "reference")),
+    # Not measured yet. Reasoned: CUDA pads prompts to 8 tokens and not to 16, and picks its own memory instructions.
+    "cuda": dict.fromkeys(SCHEMAS, ("cuda", "triton", "reference")),
+}
+
+# What the host library offers besides: rows of a contiguous tensor by number (instantas/attention_cpu.py).
+_ROWS = {
+    "take_rows": "(Tensor source, Tensor rows) -> Tensor",
+    "put_rows": "(Tensor(a!) target, Tensor rows, Tensor values) -> ()",
 }
 
 _LIBRARIES = {"cpp": "libinstantas_cpu.so", "cuda": "libinstantas_cuda.so"}
@@ -110,10 +117,12 @@ def _absent(name: str) -> str | None:
 
 @functools.cache
 def _define(name: str) -> torch.library.Library:
-    """The operators instantas_cpp::* or instantas_cuda::*, which the library then implements."""
+    """The operators instantas_cpp::* or instantas_cuda::*, most of which the library then implements."""
     namespace = torch.library.Library(f"instantas_{name}", "DEF")
-    for operation, schema in SCHEMAS.items():
+    for operation, schema in (SCHEMAS | _ROWS if name == "cpp" else SCHEMAS).items():
         namespace.define(operation + schema.replace("SymInt[]", "int[]"))
+        if name == "cpp" and "attention" in operation:
+            namespace.impl(operation, getattr(attention_cpu, operation), "CPU")
     return namespace
 
 
@@ -144,7 +153,7 @@ def _functions(name: str) -> dict:
     if name == "triton":
         modules = [importlib.import_module(f"instantas.kernels.{stem}") for stem in ("windows", "step", "attention")]
         return {op: next(getattr(m, op) for m in modules if hasattr(m, op)) for op in SCHEMAS}
-    return {op: getattr(getattr(torch.ops, f"instantas_{name}"), op) for op in SCHEMAS}
+    return {op: getattr(getattr(torch.ops, f"instantas_{name}"), op).default for op in SCHEMAS}
 
 
 class _Plan(NamedTuple):
