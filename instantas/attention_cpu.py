@@ -59,7 +59,7 @@ def regional_attention_backward(grad, query, key, value, prompt_ids, weights, jo
                 else:
                     exponentials /= exponentials.sum(-1, keepdim=True)
                 wanted = torch.einsum("nhd,lhd->nhl", g, v)
-                # jointly the prompts share one exponentials: what a logit gains is relative to the result of all of them
+                # jointly the prompts share one softmax: what a logit gains is relative to the result of all of them
                 mean = (merged[some] * g if joint else exponentials * wanted).sum(-1, keepdim=True)
                 of_logits = exponentials * (wanted - mean) * part[..., None] * scale
                 probabilities = exponentials * part[..., None]
