@@ -115,7 +115,7 @@ def launches(call: Callable[[], object]) -> list[tuple]:
 def compiled(kernel, arguments, keywords, architecture: int):
     """The kernel as the just-in-time compiler would make it for these arguments."""
     given = dict(zip(kernel.arg_names, arguments)) | keywords
-    options = {name: given.pop(name) for name in ("num_warps", "num_stages")}
+    options = {name: given.pop(name) for name in ("num_warps", "num_stages", "maxnreg") if name in given}
     signature, constants, attributes = {}, {}, {}
     for i, parameter in enumerate(kernel.params):
         value = given[parameter.name]

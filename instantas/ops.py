@@ -70,7 +70,7 @@ def scatter_windows(windows: torch.Tensor, plan: WindowPlan, weight: torch.Tenso
     """
     _check_plan(plan)
     _check_tensor("windows", windows, "(B, n, C, h, w)", (None, plan.count, None, *plan.window))
-    _check_weight(weight, plan, windows.device)
+    _check_weight(weight, plan, windows)
     return torch.ops.instantas.scatter_windows(windows, weight, *plan.tables(windows.device), plan.geometry, True)
 
 
@@ -123,7 +123,7 @@ def guided_step(
     _check_tensor("cond", cond, "(B, n, C, h, w)", window_shape, like=sample)
     if uncond is not None:
         _check_tensor("uncond", uncond, "(B, n, C, h, w)", window_shape, like=sample)
-    _check_weight(weight, plan, sample.device)
+    _check_weight(weight, plan, sample)
     coefficients = _numbers("coefficients", coefficients, sample.device)
     keep = _numbers("keep", keep, sample.device)
     if keep.shape != (2,):
@@ -132,16 +132,18 @@ def guided_step(
     if k < 0:
         raise ValueError(f"coefficients: expected at least 2 numbers (a, b, c_1 .. c_k), got {coefficients.shape[0]}")
     if (history is None) != (k == 0):
-        raise ValueError(f"history: expected {k} entries, one for each coefficient after the second, got {history}")
+        raise ValueError(
+            f"history: expected {k} entries, one for each coefficient after the second, got "
+            f"{None if history is None else tuple(history.shape)}"
+        )
     if history is not None:
         _check_tensor("history", history, "(k, B, C, height, width)", (k, *sample.shape), like=sample)
     guidance_map = None
     if isinstance(guidance_scale, torch.Tensor) and guidance_scale.dim():
         shape = (plan.height, plan.width)
         _check_tensor("guidance_scale", guidance_scale, "a float or (height, width)", shape, device=sample.device)
+        _check_constant("guidance_scale", guidance_scale)
         guidance_map, guidance_scale = guidance_scale, 1.0
-    elif not math.isfinite(guidance_scale):
-        raise ValueError(f"guidance_scale: expected a finite number, got {guidance_scale}")
     new_sample, new_history = torch.ops.instantas.guided_step(
         cond,
         uncond,
@@ -150,7 +152,7 @@ def guided_step(
         sample.new_empty(0, *sample.shape) if history is None else history,
         coefficients,
         keep,
-        float(guidance_scale),
+        _finite("guidance_scale", guidance_scale),
         guidance_map,
         *plan.tables(sample.device),
         plan.geometry,
@@ -200,8 +202,7 @@ def regional_attention(
     _check_tensor("value", value, "(P, L, heads, D)", tuple(key.shape), like=query)
     _check_tensor("prompt_ids", prompt_ids, "(B, R)", (b, None), dtypes=(torch.int32, torch.int64), device=query.device)
     _check_tensor("weights", weights, "(B, R, N)", (b, prompt_ids.shape[1], n), device=query.device)
-    if weights.requires_grad:
-        raise ValueError("weights: expected constants (their gradient is not computed), got requires_grad=True")
+    _check_constant("weights", weights)
     if key.shape[1] == 0:
         raise ValueError("key: expected at least one token, got L = 0")
     if prompt_ids.device.type == "cpu" and prompt_ids.numel() and not _tracing(prompt_ids):
@@ -210,10 +211,10 @@ def regional_attention(
             raise ValueError(f"prompt_ids: expected -1 to {key.shape[0] - 1}, got {low} to {high}")
     if mode not in ("blend", "joint"):
         raise ValueError(f"mode: expected 'blend' or 'joint', got {mode!r}")
-    scale = d**-0.5 if scale is None else float(scale)
-    if not math.isfinite(scale):
-        raise ValueError(f"scale: expected a finite number, got {scale}")
-    return torch.ops.instantas.regional_attention(query, key, value, prompt_ids.int(), weights, mode == "joint", scale)
+    scale = d**-0.5 if scale is None else _finite("scale", scale)
+    if prompt_ids.dtype == torch.int64:  # an id too large for int32 must not come out as another
+        prompt_ids = prompt_ids.clamp(-1, key.shape[0]).int()
+    return torch.ops.instantas.regional_attention(query, key, value, prompt_ids, weights, mode == "joint", scale)
 
 
 # Validation
@@ -248,29 +249,47 @@ def _check_tensor(name, tensor, layout, shape, *, dtypes=_DTYPES, like=None, dev
         raise ValueError(f"{name}: expected a tensor on {device}, got one on {tensor.device}")
 
 
-_sound_weights = WeakTensorKeyDictionary()  # weight -> (its version, the plans over which its values were found right)
+def _check_constant(name, tensor):
+    if tensor.requires_grad:
+        raise ValueError(f"{name}: expected a constant (its gradient is not computed), got requires_grad=True")
 
 
-def _check_weight(weight, plan, device):
+def _finite(name, value) -> float:
+    if isinstance(value, torch.Tensor):
+        _check_constant(name, value)
+    try:
+        value = float(value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name}: expected a number, got {value!r}") from error
+    if not math.isfinite(value):
+        raise ValueError(f"{name}: expected a finite number, got {value}")
+    return value
+
+
+_sound_weights = WeakTensorKeyDictionary()  # weight -> its version, the (plan, dtype) with which it was found right
+
+
+def _check_weight(weight, plan, like):
+    """like: the tensor to be weighted, whose dtype says in which precision the weights are used."""
     if weight is None:
         return
+    device, dtype = like.device, torch.float64 if like.dtype == torch.float64 else torch.float32
     shape = plan.window if isinstance(weight, torch.Tensor) and weight.dim() == 2 else (plan.count, *plan.window)
     dtypes = (torch.float32, torch.float64)
     _check_tensor("weight", weight, "(h, w) or (n, h, w)", shape, dtypes=dtypes, device=device)
-    if weight.requires_grad:
-        raise ValueError("weight: expected a constant (its gradient is not computed), got requires_grad=True")
+    _check_constant("weight", weight)
     if _tracing(weight):
         return
-    version, plans = _sound_weights.get(weight, (None, None))
-    if version == weight._version and plan in plans:
+    version, uses = _sound_weights.get(weight, (None, None))
+    if version == weight._version and (plan, dtype) in uses:
         return
-    if not (weight.isfinite().all() and (weight >= 0).all()):
-        raise ValueError("weight: expected finite values >= 0, got negative, infinite or NaN ones")
-    total = _weight_total(weight, plan.tables(device), plan.geometry)
+    total = _weight_total(weight.to(dtype), plan.tables(device), plan.geometry)
+    if not (total.isfinite().all() and (weight >= 0).all()):
+        raise ValueError(f"weight: expected values >= 0, finite in {dtype}, got negative, infinite or NaN ones")
     if not (total > 0).all():
         y, x = (total <= 0).nonzero()[0].tolist()
         raise ValueError(f"weight: expected some weight over every cell of the canvas, got none at ({y}, {x})")
-    _sound_weights[weight] = weight._version, (plans if version == weight._version else set()) | {plan}
+    _sound_weights[weight] = weight._version, (uses if version == weight._version else set()) | {(plan, dtype)}
 
 
 def _numbers(name, values, device) -> torch.Tensor:
@@ -280,10 +299,13 @@ def _numbers(name, values, device) -> torch.Tensor:
             raise ValueError(f"{name}: expected a vector, got shape {tuple(values.shape)}")
         if values.device != device:
             raise ValueError(f"{name}: expected a tensor on {device}, got one on {values.device}")
+        _check_constant(name, values)
         return values.double()
-    values = [float(v) for v in values]
-    if not all(map(math.isfinite, values)):
-        raise ValueError(f"{name}: expected finite numbers, got {values}")
+    try:
+        values = list(values)
+    except TypeError as error:
+        raise TypeError(f"{name}: expected numbers or a tensor of them, got {values!r}") from error
+    values = [_finite(name, v) for v in values]
     return torch.tensor(values, dtype=torch.float64, device=device)
 
 

@@ -20,12 +20,15 @@ def _rows(at, inside, first, D: tl.constexpr, WIDTH: tl.constexpr, OPERAND: tl.c
 
 
 @triton.jit
-def _dot(x, y, x_at, x_inside, y_at, y_inside, D: tl.constexpr, CHUNK: tl.constexpr, OPERAND: tl.constexpr):
-    """x y^T. In float32, which has no tensor cores, in chunks read again from the cache: whole rows would spill."""
+def _dot(x, y, x_at, x_inside, y_at, y_inside, size, D: tl.constexpr, CHUNK: tl.constexpr, OPERAND: tl.constexpr):
+    """x y^T. In float32, which has no tensor cores, in chunks read again from the cache: whole rows would spill.
+
+    size is D at run time: a loop whose end is known would be unrolled, and spill.
+    """
     if x.shape[1] == CHUNK:
         return tl.dot(x, tl.trans(y), input_precision="ieee")
     total = tl.zeros([x.shape[0], y.shape[0]], tl.float32)
-    for first in range(0, D, CHUNK):
+    for first in range(0, size, CHUNK):
         x_chunk = _rows(x_at, x_inside, first, D, CHUNK, OPERAND)
         y_chunk = _rows(y_at, y_inside, first, D, CHUNK, OPERAND)
         total = tl.dot(x_chunk, tl.trans(y_chunk), total, input_precision="ieee")
@@ -131,7 +134,8 @@ def _attention_kernel(
     stride_wb,
     stride_wr,
     stride_wn,
-    L: tl.constexpr,
+    L,
+    size,
     D: tl.constexpr,
     DEPTH: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -178,7 +182,7 @@ def _attention_kernel(
                 v_at = value + (prompt * stride_vp + token.to(tl.int64) * stride_vl) * ALIGN
                 k = _rows(k_at, token < L, 0, D, DEPTH, OPERAND)
                 v = _rows(v_at, token < L, 0, D, DEPTH, OPERAND)
-                dots = _dot(q, k, q_at, row < n, k_at, token < L, D, CHUNK, OPERAND)
+                dots = _dot(q, k, q_at, row < n, k_at, token < L, size, D, CHUNK, OPERAND)
                 peak, factor, p = _softmax(_logits(dots, token < L, share, scale, JOINT), share, peak, JOINT)
                 mass = mass * factor + tl.sum(p, axis=1)
                 mixed = tl.dot(p.to(OPERAND), v, mixed * factor[:, None], input_precision="ieee")
@@ -209,7 +213,8 @@ def _statistics(
     scale,
     stride_kl,
     stride_vl,
-    L: tl.constexpr,
+    L,
+    size,
     D: tl.constexpr,
     DEPTH: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -223,11 +228,21 @@ def _statistics(
         k_at, v_at = key + token.to(tl.int64) * stride_kl, value + token.to(tl.int64) * stride_vl
         k = _rows(k_at, token < L, 0, D, DEPTH, OPERAND)
         v = _rows(v_at, token < L, 0, D, DEPTH, OPERAND)
-        dots = _dot(q, k, q_at, inside, k_at, token < L, D, CHUNK, OPERAND)
+        dots = _dot(q, k, q_at, inside, k_at, token < L, size, D, CHUNK, OPERAND)
         peak, factor, p = _softmax(_logits(dots, token < L, share, scale, JOINT), share, peak, JOINT)
         mass = mass * factor + tl.sum(p, axis=1)
-        delta = delta * factor + tl.sum(p * _dot(g, v, g_at, inside, v_at, token < L, D, CHUNK, OPERAND), axis=1)
+        delta = delta * factor + tl.sum(p * _dot(g, v, g_at, inside, v_at, token < L, size, D, CHUNK, OPERAND), axis=1)
     return peak, mass, delta
+
+
+@triton.jit
+def _add_product(total, a, b, OPERAND: tl.constexpr):
+    """total + a b. float16 would round small gradients away: there each row of a is scaled to 1 first."""
+    if OPERAND == tl.float16:
+        largest = tl.max(tl.abs(a), axis=1)
+        largest = tl.where(largest > 1e-30, largest, 1.0)
+        return total + tl.dot((a * (1 / largest)[:, None]).to(OPERAND), b) * largest[:, None]
+    return tl.dot(a.to(OPERAND), b, total, input_precision="ieee")
 
 
 @triton.jit
@@ -262,7 +277,8 @@ def _grad_query_kernel(
     stride_wb,
     stride_wr,
     stride_wn,
-    L: tl.constexpr,
+    L,
+    size,
     D: tl.constexpr,
     DEPTH: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -310,7 +326,7 @@ def _grad_query_kernel(
                 k, v = key + prompt * stride_kp * ALIGN, value + prompt * stride_vp * ALIGN
                 peak, mass, delta = _statistics(
                     peak, mass, delta, q, g, q_at, g_at, row < n, k, v, share, scale_base2, stride_kl, stride_vl,
-                    L, D, DEPTH, CHUNK, TOKENS, JOINT, OPERAND,
+                    L, size, D, DEPTH, CHUNK, TOKENS, JOINT, OPERAND,
                 )  # fmt: skip
     for first in range(0, slots, SLOTS):
         slot, weight = _slots(prompt_ids, weights, first, slots, 0, prompts, row, n, stride_wr, stride_wn, SLOTS)
@@ -326,7 +342,7 @@ def _grad_query_kernel(
                 peak, mass, delta = _statistics(
                     tl.full([TILE], float("-inf"), tl.float32), tl.zeros([TILE], tl.float32),
                     tl.zeros([TILE], tl.float32), q, g, q_at, g_at, row < n, k_prompt, v_prompt, share, scale_base2,
-                    stride_kl, stride_vl, L, D, DEPTH, CHUNK, TOKENS, JOINT, OPERAND,
+                    stride_kl, stride_vl, L, size, D, DEPTH, CHUNK, TOKENS, JOINT, OPERAND,
                 )  # fmt: skip
             anchor = tl.where(mass == 0, 0.0, peak)
             inverse = tl.div_rn(1.0, tl.where(mass == 0, 1.0, mass))
@@ -341,11 +357,10 @@ def _grad_query_kernel(
                 k_at, v_at = k_prompt + token.to(tl.int64) * stride_kl, v_prompt + token.to(tl.int64) * stride_vl
                 k = _rows(k_at, token < L, 0, D, DEPTH, OPERAND)
                 v = _rows(v_at, token < L, 0, D, DEPTH, OPERAND)
-                dots = _dot(q, k, q_at, row < n, k_at, token < L, D, CHUNK, OPERAND)
+                dots = _dot(q, k, q_at, row < n, k_at, token < L, size, D, CHUNK, OPERAND)
                 p = tl.exp2(_logits(dots, token < L, share, scale_base2, JOINT) - anchor[:, None]) * factor[:, None]
-                dp = _dot(g, v, g_at, row < n, v_at, token < L, D, CHUNK, OPERAND)
-                ds = (p * (dp - mean[:, None]) * scale).to(OPERAND)
-                result = tl.dot(ds, k, result, input_precision="ieee")
+                dp = _dot(g, v, g_at, row < n, v_at, token < L, size, D, CHUNK, OPERAND)
+                result = _add_product(result, p * (dp - mean[:, None]) * scale, k, OPERAND)
     d = tl.arange(0, DEPTH)
     offset = ((b * n + row) * heads + head)[:, None] * D + d[None, :]
     tl.store(out + offset, result, (row < n)[:, None] & (d < D)[None, :])
@@ -386,7 +401,8 @@ def _grad_key_value_kernel(
     stride_wb,
     stride_wr,
     stride_wn,
-    L: tl.constexpr,
+    L,
+    size,
     D: tl.constexpr,
     DEPTH: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -431,13 +447,12 @@ def _grad_key_value_kernel(
                 g_at = grad + (b * stride_gb + row.to(tl.int64) * stride_gn + head * stride_gh) * ALIGN
                 q = _rows(q_at, row < n, 0, D, DEPTH, OPERAND)
                 g = _rows(g_at, row < n, 0, D, DEPTH, OPERAND)
-                s = _dot(q, k, q_at, row < n, k_at, token < L, D, CHUNK, OPERAND) * scale_base2
+                s = _dot(q, k, q_at, row < n, k_at, token < L, size, D, CHUNK, OPERAND) * scale_base2
                 s = tl.where(used[:, None] & (token < L)[None, :], s, float("-inf"))
                 p = tl.exp2(s - peak[:, None]) * factor[:, None]
-                dv = tl.dot(tl.trans(p.to(OPERAND)), g, dv, input_precision="ieee")
-                dp = _dot(g, v, g_at, row < n, v_at, token < L, D, CHUNK, OPERAND)
-                ds = (p * (dp - mean[:, None]) * scale).to(OPERAND)
-                dk = tl.dot(tl.trans(ds), q, dk, input_precision="ieee")
+                dv = _add_product(dv, tl.trans(p), g, OPERAND)
+                dp = _dot(g, v, g_at, row < n, v_at, token < L, size, D, CHUNK, OPERAND)
+                dk = _add_product(dk, tl.trans(p * (dp - mean[:, None]) * scale), q, OPERAND)
     d = tl.arange(0, DEPTH)
     offset = (((split.to(tl.int64) * prompts + prompt) * L + token) * heads + head)[:, None] * D + d[None, :]
     inside = (token < L)[:, None] & (d < D)[None, :]
@@ -473,22 +488,26 @@ def _shape(query, slots):
     depth = max(16, triton.next_power_of_2(query.shape[-1]))
     chunk = 32 if operand is tl.float32 else depth
     slots = min(16, triton.next_power_of_2(slots))
-    return dict(D=query.shape[-1], DEPTH=depth, CHUNK=min(chunk, depth), SLOTS=slots, OPERAND=operand)
+    size = query.shape[-1]
+    return dict(size=size, D=size, DEPTH=depth, CHUNK=min(chunk, depth), SLOTS=slots, OPERAND=operand)
 
 
 def _launch(depth, dtype, backward):
-    """Queries and tokens a program takes at once, and its warps.
+    """Queries and tokens a program takes at once, its warps, and the registers a thread may have.
 
-    Limited by registers, of which a program keeps two (TILE, DEPTH) accumulators: none may spill on sm_80, sm_90 and
-    sm_100. 32 tokens waste little of 77 (96 are computed, where one block would compute 128) and their keys and values
-    are fetched while the block before is used (two stages), where the registers allow it. float32 has no tensor cores.
+    Registers are what there is least of: a program keeps one or two (TILE, DEPTH) accumulators, and none may spill on
+    sm_80, sm_90 and sm_100. Left to itself the assembler spills a little where that fits one program more, hence the
+    limits: 168 registers are 3 programs of 128 threads a multiprocessor, 255 are all there are. The forward pass takes
+    16 tokens at once, so that 77 cost 80, and fetches the next blocks meanwhile (stages). float32 has no tensor cores.
     """
     if dtype == torch.float32:
-        return dict(TILE=16, TOKENS=16, num_warps=8, num_stages=1)
+        return dict(TILE=32, TOKENS=32, num_warps=8, num_stages=1, maxnreg=255)
+    if backward:
+        tile = 64 if depth <= 64 else 32 if depth <= 128 else 16
+        return dict(TILE=tile, TOKENS=32, num_warps=8, num_stages=1, maxnreg=255)
     if depth <= 64:
-        return dict(TILE=64, TOKENS=32, num_warps=8 if backward else 4, num_stages=1 if backward else 2)
-    tile = (32 if backward else 64) if depth <= 128 else (16 if backward else 32)
-    return dict(TILE=tile, TOKENS=32, num_warps=8, num_stages=1)
+        return dict(TILE=64, TOKENS=16, num_warps=4, num_stages=3, maxnreg=168)
+    return dict(TILE=64 if depth <= 128 else 32, TOKENS=16, num_warps=8, num_stages=2, maxnreg=255)
 
 
 def regional_attention(query, key, value, prompt_ids, weights, joint, scale):
