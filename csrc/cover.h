@@ -1,7 +1,7 @@
 // Merging windows on the host: a tile of the canvas at a time, by runs of cells that the compiler vectorises.
 #pragma once
 
-#include "windows.cuh"
+#include "plan.cuh"
 
 namespace instantas {
 

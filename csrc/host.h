@@ -9,7 +9,7 @@
 #include <tuple>
 #include <vector>
 
-#include "windows.cuh"
+#include "plan.cuh"
 
 namespace instantas {
 
@@ -53,6 +53,22 @@ void with_element(const Tensor& tensor, const Run& run) {
     case ScalarType::Double: return run(double{});
     default: STD_TORCH_CHECK(false, "expected float32, float16, bfloat16 or float64");
   }
+}
+
+// The same for what the device computes with.
+template <class Run>
+void with_device_element(const Tensor& tensor, const Run& run) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return run(float{});
+    case ScalarType::Half: return run(Half{});
+    case ScalarType::BFloat16: return run(BFloat16{});
+    default: STD_TORCH_CHECK(false, "expected float32, float16 or bfloat16");
+  }
+}
+
+// Elements from one window's overlap weight to the next one's: 0 where all have the same.
+inline int64_t weight_stride(const OptionalTensor& weight) {
+  return weight && weight->dim() == 3 ? weight->size(1) * weight->size(2) : 0;
 }
 
 Tensor gather_windows(Tensor canvas, Tensor origins, Tensor cover_start, Tensor cover_index, Geometry geometry);

@@ -3,7 +3,7 @@
 
 #include "cover.h"
 #include "host.h"
-#include "step.cuh"
+#include "update.cuh"
 
 namespace instantas {
 
@@ -99,7 +99,7 @@ std::tuple<Tensor, Tensor> guided_step(Tensor cond, OptionalTensor uncond, Tenso
   with_element(sample, [&](auto element) {
     using T = decltype(element);
     using A = arithmetic_t<T>;
-    const Overlap<A> overlap{data<A>(weight), weight && weight->dim() == 3 ? plan.window_plane() : 0};
+    const Overlap<A> overlap{data<A>(weight), weight_stride(weight)};
     const Update update{data<double>(coefficients), data<double>(keep), static_cast<int>(history.size(0))};
     const Step<T> step{data<T>(cond), data<T>(uncond), data<T>(sample), data<T>(history), mutable_data<T>(new_sample),
                        mutable_data<T>(new_history), data<A>(guidance_map), static_cast<A>(guidance_scale), overlap,

@@ -1,27 +1,65 @@
-// The guided step: what happens to one cell once its windows are merged. Free of torch; host and device.
+// Device kernel of guided_step: merge, classifier-free guidance and the scheduler's update in one pass. Free of torch.
 #pragma once
 
+#include "update.cuh"
 #include "windows.cuh"
 
 namespace instantas {
 
-// u + g (c - u): classifier-free guidance.
-template <class A>
-INSTANTAS_INLINE A guided(A conditional, A unconditional, A guidance) {
-  return unconditional + guidance * (conditional - unconditional);
-}
-
-// a x + b m, the part of the update without history; also the new history entry d x + e m.
-template <class A>
-INSTANTAS_INLINE A combined(A of_sample, A sample, A of_merged, A merged) {
-  return of_sample * sample + of_merged * merged;
-}
-
-// The scheduler's numbers: coefficients a, b, c_1 .. c_k and keep d, e, always given in float64.
-struct Update {
-  const double* coefficients;
-  const double* keep;
-  int history;  // k
+template <class T>
+struct Step {
+  const T *cond, *uncond, *sample, *history;  // uncond: nullptr where there is no guidance
+  T *new_sample, *new_history;
+  const float *weight, *guidance_map;
+  int64_t weight_stride;
+  int64_t entry;  // elements of one history entry
+  float guidance;
+  Update update;
 };
+
+template <class T, int WIDTH, bool GUIDED>
+__global__ void step_kernel(Step<T> step, Plan plan) {
+  constexpr int CHANNELS = CHANNELS_OF_THREAD<WIDTH>, SOURCES = GUIDED ? 2 : 1;
+  const Cells<WIDTH, CHANNELS> cells(plan);
+  if (!cells.inside) return;
+  const T* sources[SOURCES];
+  sources[0] = step.cond;
+  if (GUIDED) sources[SOURCES - 1] = step.uncond;
+  float total[SOURCES][CHANNELS][WIDTH] = {}, norm[WIDTH] = {};
+  sum_windows(sources, step.weight, step.weight_stride, plan, cells, total, norm);
+
+  const double* numbers = step.update.coefficients;
+  const float a = static_cast<float>(numbers[0]), b = static_cast<float>(numbers[1]);
+  const float d = static_cast<float>(step.update.keep[0]), e = static_cast<float>(step.update.keep[1]);
+  float guidance[WIDTH];
+#pragma unroll
+  for (int i = 0; i < WIDTH; ++i) guidance[i] = step.guidance;
+  if (step.guidance_map) load_floats(guidance, step.guidance_map + int64_t{cells.y} * plan.width + cells.x);
+#pragma unroll
+  for (int c = 0; c < CHANNELS; ++c) {
+    if (cells.channel + c >= plan.channels) break;
+    const int64_t offset = plan.canvas_offset(cells.image, cells.channel + c, cells.y, cells.x);
+    const Pack<T, WIDTH> sample = load<WIDTH>(step.sample + offset);
+    float history[WIDTH] = {};
+    for (int j = 0; j < step.update.history; ++j) {
+      const Pack<T, WIDTH> past = load<WIDTH>(step.history + j * step.entry + offset);
+      const float number = static_cast<float>(numbers[2 + j]);
+#pragma unroll
+      for (int i = 0; i < WIDTH; ++i) history[i] += number * widen(past.element[i]);
+      if (j + 1 < step.update.history) store<WIDTH>(step.new_history + (j + 1) * step.entry + offset, past);
+    }
+    Pack<T, WIDTH> newest, advanced;
+#pragma unroll
+    for (int i = 0; i < WIDTH; ++i) {
+      float merged = total[0][c][i] / norm[i];
+      if (GUIDED) merged = guided(merged, total[SOURCES - 1][c][i] / norm[i], guidance[i]);
+      const float x = widen(sample.element[i]);
+      newest.element[i] = narrow<T>(combined(d, x, e, merged));
+      advanced.element[i] = narrow<T>(combined(a, x, b, merged) + history[i]);
+    }
+    if (step.update.history > 0) store<WIDTH>(step.new_history + offset, newest);
+    store<WIDTH>(step.new_sample + offset, advanced);
+  }
+}
 
 }  // namespace instantas

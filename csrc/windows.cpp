@@ -78,7 +78,7 @@ Tensor scatter_windows(Tensor windows, OptionalTensor weight, Tensor origins, Te
   with_element(windows, [&](auto element) {
     using T = decltype(element);
     using A = arithmetic_t<T>;
-    const Overlap<A> overlap{data<A>(weight), weight && weight->dim() == 3 ? plan.window_plane() : 0};
+    const Overlap<A> overlap{data<A>(weight), weight_stride(weight)};
     scatter(data<T>(windows), overlap, mutable_data<T>(canvas), plan, windows.size(0), normalize);
   });
   return canvas;

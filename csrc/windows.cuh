@@ -1,50 +1,170 @@
-// Where the windows (B, n, C, h, w) of a plan lie on the canvas (B, C, height, width). Free of torch; host and device.
+// Device kernels of gather_windows and scatter_windows. Free of torch.
+//
+// Memory moves in packs of WIDTH elements, 16 bytes where rows allow it. Every element of the result is written by one
+// thread, which reads what it needs: no atomics.
 #pragma once
 
-#include "element.cuh"
+#include "device.cuh"
+#include "plan.cuh"
 
 namespace instantas {
 
-struct Plan {
-  int height, width, h, w;
-  int tile_y, tile_x;          // the canvas tiles for which cover_start lists the covering windows
-  int windows, channels;
-  const int32_t* origins;      // (n, 2): y, x
-  const int32_t* cover_start;  // (tiles + 1)
-  const int32_t* cover_index;
+template <class T, int WIDTH>
+struct alignas(sizeof(T) * WIDTH) Pack {
+  T element[WIDTH];
+};
 
-  INSTANTAS_INLINE int tiles_y() const { return (height + tile_y - 1) / tile_y; }
-  INSTANTAS_INLINE int tiles_x() const { return (width + tile_x - 1) / tile_x; }
-  INSTANTAS_INLINE int64_t canvas_plane() const { return int64_t{height} * width; }
-  INSTANTAS_INLINE int64_t window_plane() const { return int64_t{h} * w; }
+template <int WIDTH, class T>
+__device__ __forceinline__ Pack<T, WIDTH> load(const T* address) {
+  return *reinterpret_cast<const Pack<T, WIDTH>*>(address);
+}
 
-  INSTANTAS_INLINE int64_t canvas_offset(int64_t image, int channel, int y, int x) const {
-    return (image * channels + channel) * canvas_plane() + int64_t{y} * width + x;
+template <int WIDTH, class T>
+__device__ __forceinline__ void store(T* address, const Pack<T, WIDTH>& pack) {
+  *reinterpret_cast<Pack<T, WIDTH>*>(address) = pack;
+}
+
+// WIDTH consecutive numbers, by 16 bytes at most.
+template <int WIDTH>
+__device__ __forceinline__ void load_floats(float (&values)[WIDTH], const float* address) {
+  constexpr int SIZE = WIDTH < 4 ? WIDTH : 4;
+#pragma unroll
+  for (int i = 0; i < WIDTH; i += SIZE) {
+    const Pack<float, SIZE> pack = load<SIZE>(address + i);
+#pragma unroll
+    for (int e = 0; e < SIZE; ++e) values[i + e] = pack.element[e];
   }
-  INSTANTAS_INLINE int64_t window_offset(int64_t image, int window, int channel, int i, int j) const {
-    return ((image * windows + window) * channels + channel) * window_plane() + int64_t{i} * w + j;
+}
+
+constexpr int GATHER_THREADS = 256;
+constexpr int GATHER_PACKS = 4;  // per thread, all read before the first is written
+
+// T: any type of the element's size. A block copies GATHER_THREADS * GATHER_PACKS packs of one channel of one window.
+template <class T, int WIDTH>
+__global__ void __launch_bounds__(GATHER_THREADS)
+    gather_kernel(const T* canvas, T* windows, Plan plan, int blocks_of_plane) {
+  const int64_t plane = blockIdx.x / blocks_of_plane;
+  const int channel = static_cast<int>(plane % plan.channels);
+  const int64_t row_of_windows = plane / plan.channels;
+  const int window = static_cast<int>(row_of_windows % plan.windows);
+  const int y0 = plan.origins[2 * window], x0 = plan.origins[2 * window + 1];
+  const int packs_of_row = plan.w / WIDTH, packs = plan.h * packs_of_row;
+  const int first = blockIdx.x % blocks_of_plane * (GATHER_THREADS * GATHER_PACKS) + threadIdx.x;
+  const T* source = canvas + plan.canvas_offset(row_of_windows / plan.windows, channel, 0, 0);
+  T* target = windows + plane * plan.window_plane();
+
+  Pack<T, WIDTH> pack[GATHER_PACKS];
+#pragma unroll
+  for (int k = 0; k < GATHER_PACKS; ++k) {
+    const int number = first + k * GATHER_THREADS;
+    if (number >= packs) break;
+    const T* row = source + int64_t{position(number / packs_of_row, y0, plan.height)} * plan.width;
+    const int j = number % packs_of_row * WIDTH;
+    if (x0 % WIDTH == 0) {
+      pack[k] = load<WIDTH>(row + position(j, x0, plan.width));
+    } else {
+#pragma unroll
+      for (int e = 0; e < WIDTH; ++e) pack[k].element[e] = row[position(j + e, x0, plan.width)];
+    }
+  }
+#pragma unroll
+  for (int k = 0; k < GATHER_PACKS; ++k) {
+    const int number = first + k * GATHER_THREADS;
+    if (number >= packs) break;
+    store<WIDTH>(target + int64_t{number} * WIDTH, pack[k]);
+  }
+}
+
+// A thread's place on the canvas: WIDTH cells of one row of a tile, for a few channels of one image.
+template <int WIDTH, int CHANNELS>
+struct Cells {
+  int64_t image;
+  int channel, tile, y, x;
+  bool inside;
+
+  __device__ __forceinline__ explicit Cells(const Plan& plan) {
+    const int tiles = plan.tiles_y() * plan.tiles_x(), groups = (plan.channels + CHANNELS - 1) / CHANNELS;
+    const int packs_of_row = plan.tile_x / WIDTH;
+    tile = blockIdx.x % tiles;
+    const int group = blockIdx.x / tiles;
+    image = group / groups;
+    channel = group % groups * CHANNELS;
+    y = tile / plan.tiles_x() * plan.tile_y + threadIdx.x / packs_of_row;
+    x = tile % plan.tiles_x() * plan.tile_x + threadIdx.x % packs_of_row * WIDTH;
+    inside = y < plan.height && x < plan.width;
   }
 };
 
-// The place in a window of a canvas position on one axis, which is covered if this is less than the window's length.
-// On an axis that wraps the window may lie on both ends; on any other the position is never moved into the window.
-INSTANTAS_INLINE int place(int position, int origin, int length) {
-  return position < origin ? position - origin + length : position - origin;
+// total += weight * windows over the cells, for every covering window; norm += weight. `sources` read the same places.
+template <int WIDTH, int CHANNELS, int SOURCES, class T>
+__device__ __forceinline__ void sum_windows(const T* const (&sources)[SOURCES], const float* weight, int64_t weight_stride,
+                                            const Plan& plan, const Cells<WIDTH, CHANNELS>& cells,
+                                            float (&total)[SOURCES][CHANNELS][WIDTH], float (&norm)[WIDTH]) {
+  const int last = plan.cover_start[cells.tile + 1];
+  for (int covering = plan.cover_start[cells.tile]; covering < last; ++covering) {
+    const int window = plan.cover_index[covering];
+    const int y0 = plan.origins[2 * window], x0 = plan.origins[2 * window + 1];
+    const int i = place(cells.y, y0, plan.height);
+    if (i >= plan.h) continue;
+    const int64_t offset = plan.window_offset(cells.image, window, cells.channel, i, 0);
+    const float* weight_row = weight ? weight + window * weight_stride + int64_t{i} * plan.w : nullptr;
+    if (x0 % WIDTH == 0) {  // then the window has all of the cells or none
+      const int j = place(cells.x, x0, plan.width);
+      if (j >= plan.w) continue;
+      Pack<T, WIDTH> pack[SOURCES][CHANNELS];
+#pragma unroll
+      for (int s = 0; s < SOURCES; ++s)
+#pragma unroll
+        for (int c = 0; c < CHANNELS; ++c)
+          if (cells.channel + c < plan.channels)
+            pack[s][c] = load<WIDTH>(sources[s] + offset + c * plan.window_plane() + j);
+      float share[WIDTH];
+#pragma unroll
+      for (int e = 0; e < WIDTH; ++e) share[e] = 1.0f;
+      if (weight_row) load_floats(share, weight_row + j);
+#pragma unroll
+      for (int e = 0; e < WIDTH; ++e) {
+        norm[e] += share[e];
+#pragma unroll
+        for (int s = 0; s < SOURCES; ++s)
+#pragma unroll
+          for (int c = 0; c < CHANNELS; ++c)
+            if (cells.channel + c < plan.channels) total[s][c][e] += share[e] * widen(pack[s][c].element[e]);
+      }
+    } else {
+#pragma unroll
+      for (int e = 0; e < WIDTH; ++e) {
+        const int j = place(cells.x + e, x0, plan.width);
+        if (j >= plan.w) continue;
+        const float share = weight_row ? weight_row[j] : 1.0f;
+        norm[e] += share;
+#pragma unroll
+        for (int s = 0; s < SOURCES; ++s)
+#pragma unroll
+          for (int c = 0; c < CHANNELS; ++c)
+            if (cells.channel + c < plan.channels)
+              total[s][c][e] += share * widen(sources[s][offset + c * plan.window_plane() + j]);
+      }
+    }
+  }
 }
 
-// The canvas position of a place in a window.
-INSTANTAS_INLINE int position(int place, int origin, int length) {
-  return origin + place < length ? origin + place : origin + place - length;
-}
-
-struct Span {
-  int begin, end;
-};
-
-// The positions of [begin, end) that a window covers: turn 0 as it lies, turn 1 moved back once around the axis.
-INSTANTAS_INLINE Span covered(Span tile, int origin, int window, int length, int turn) {
-  const int first = origin - turn * length, last = first + window;
-  return {first > tile.begin ? first : tile.begin, last < tile.end ? last : tile.end};
+template <class T, int WIDTH>
+__global__ void scatter_kernel(const T* windows, const float* weight, int64_t weight_stride, T* canvas, Plan plan,
+                               bool normalize) {
+  constexpr int CHANNELS = CHANNELS_OF_THREAD<WIDTH>;
+  const Cells<WIDTH, CHANNELS> cells(plan);
+  if (!cells.inside) return;
+  float total[1][CHANNELS][WIDTH] = {}, norm[WIDTH] = {};
+  sum_windows({windows}, weight, weight_stride, plan, cells, total, norm);
+#pragma unroll
+  for (int c = 0; c < CHANNELS; ++c) {
+    if (cells.channel + c >= plan.channels) break;
+    Pack<T, WIDTH> pack;
+#pragma unroll
+    for (int e = 0; e < WIDTH; ++e) pack.element[e] = narrow<T>(normalize ? total[0][c][e] / norm[e] : total[0][c][e]);
+    store<WIDTH>(canvas + plan.canvas_offset(cells.image, cells.channel + c, cells.y, cells.x), pack);
+  }
 }
 
 }  // namespace instantas

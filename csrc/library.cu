@@ -1,0 +1,8 @@
+// Registration of the device's operations; their schemas are those of instantas/backends.py.
+#include "host.h"
+
+STABLE_TORCH_LIBRARY_IMPL(instantas_cuda, CUDA, library) {
+  library.impl("gather_windows", TORCH_BOX(&instantas::gather_windows));
+  library.impl("scatter_windows", TORCH_BOX(&instantas::scatter_windows));
+  library.impl("guided_step", TORCH_BOX(&instantas::guided_step));
+}

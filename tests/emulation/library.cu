@@ -1,0 +1,23 @@
+// The device's operations for tensors on the CPU.
+#include "device.cuh"
+#include "host.h"
+
+namespace {
+
+void set_order(int64_t seed) { instantas::emulation::seed = static_cast<unsigned>(seed); }
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(instantas_cuda, CPU, library) {
+  library.impl("gather_windows", TORCH_BOX(&instantas::gather_windows));
+  library.impl("scatter_windows", TORCH_BOX(&instantas::scatter_windows));
+  library.impl("guided_step", TORCH_BOX(&instantas::guided_step));
+}
+
+STABLE_TORCH_LIBRARY(instantas_emulation, library) {
+  library.def("set_order(int seed) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(instantas_emulation, CompositeExplicitAutograd, library) {
+  library.impl("set_order", TORCH_BOX(&set_order));
+}
