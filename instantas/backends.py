@@ -207,12 +207,9 @@ def _regional_attention(query, key, value, prompt_ids, weights, joint, scale):
 
 
 def _regional_attention_backward(grad, query, key, value, prompt_ids, weights, joint, scale):
-    with torch.enable_grad():
-        inputs = [t.detach().requires_grad_() for t in (query, key, value)]
-        out = _regional_attention(*inputs, prompt_ids, weights, joint, scale)
-    if not out.requires_grad:  # no prompt at all: the result is a constant
-        return tuple(t.new_zeros(t.shape) for t in inputs)
-    return tuple(g.contiguous() for g in torch.autograd.grad(out, inputs, grad))
+    mode = "joint" if joint else "blend"
+    grads = reference.regional_attention_backward(grad, query, key, value, prompt_ids, weights, mode=mode, scale=scale)
+    return tuple(g.contiguous() for g in grads)
 
 
 _REFERENCE = {

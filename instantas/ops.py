@@ -261,7 +261,7 @@ def _finite(name, value) -> float:
         value = float(value)
     except (TypeError, ValueError) as error:
         raise TypeError(f"{name}: expected a number, got {value!r}") from error
-    if not math.isfinite(value):
+    if not abs(value) < math.inf:  # unlike math.isfinite also for symbols, under torch.compile(dynamic=True)
         raise ValueError(f"{name}: expected a finite number, got {value}")
     return value
 

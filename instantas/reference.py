@@ -66,27 +66,55 @@ def regional_attention(query, key, value, prompt_ids, weights, *, mode="blend", 
     blend: out = sum_r w_r softmax(q K_r^T scale) V_r / sum_r w_r.
     joint: out = softmax over all (r, l) of (q K_r^T scale + log w_r), times V.
     """
-    dtype, scale = _accumulator(query), query.shape[-1] ** -0.5 if scale is None else scale
-    b, n, heads, d = query.shape
-    r = prompt_ids.shape[1]
-    present = (prompt_ids >= 0) & (prompt_ids < key.shape[0])
-    if not (b and n and r and present.any()):
+    ids = _bank_rows(prompt_ids, key)
+    if not query.numel() or ids is None:
         return torch.zeros_like(query)
-    w = torch.where(present[:, :, None], weights.to(dtype), 0.0)  # (B, R, N)
-    ids = torch.where(present, prompt_ids, prompt_ids[present][0]).long()  # weight 0 there: any prompt will do
+    probabilities, _ = _probabilities(query, key, ids, prompt_ids, weights, mode, scale)
+    out = torch.einsum("bhnrl,brlhd->bnhd", probabilities, value[ids].to(probabilities.dtype))
+    return out.to(query.dtype)
+
+
+def regional_attention_backward(grad, query, key, value, prompt_ids, weights, *, mode="blend", scale=None):
+    """Gradients with respect to query, key and value: dS = P (dP - the mean of dP under each softmax)."""
+    ids = _bank_rows(prompt_ids, key)
+    if not query.numel() or ids is None:
+        return torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    p, share = _probabilities(query, key, ids, prompt_ids, weights, mode, scale)
+    q, g, k, v = (t.to(p.dtype) for t in (query, grad, key[ids], value[ids]))
+    dp = torch.einsum("bnhd,brlhd->bhnrl", g, v)
+    if mode == "blend":
+        mean = (p * dp).sum(-1, keepdim=True) / torch.where(share > 0, share, 1.0)
+    else:
+        mean = (p * dp).sum((-2, -1), keepdim=True)
+    ds = p * (dp - mean) * scale
+    dq = torch.einsum("bhnrl,brlhd->bnhd", ds, k)
+    dk, dv = (torch.einsum("bhnrl,bnhd->brlhd", a, b) for a, b in ((ds, q), (p, g)))
+    banks = (torch.zeros_like(key, dtype=p.dtype).index_put_((ids,), rows, accumulate=True) for rows in (dk, dv))
+    return tuple(t.to(query.dtype) for t in (dq, *banks))
+
+
+def _bank_rows(prompt_ids, key):
+    """The ids as indices of the bank, any valid one in place of those outside it; None when all are outside."""
+    present = (prompt_ids >= 0) & (prompt_ids < key.shape[0])
+    return torch.where(present, prompt_ids, prompt_ids[present][0]).long() if present.any() else None
+
+
+def _probabilities(query, key, ids, prompt_ids, weights, mode, scale):
+    """(B, heads, N, R, L): what the values are summed with; and the share (B, 1, N, R, 1) of each prompt."""
+    dtype, scale = _accumulator(query), query.shape[-1] ** -0.5 if scale is None else scale
+    w = torch.where((ids == prompt_ids)[:, :, None], weights.to(dtype), 0.0)  # (B, R, N)
     logits = torch.einsum("bnhd,brlhd->bhnrl", query.to(dtype), key[ids].to(dtype)) * scale
-    w = w.permute(0, 2, 1)[:, None]  # (B, 1, N, R)
-    total = w.sum(-1, keepdim=True)
+    w = w.permute(0, 2, 1)[:, None, :, :, None]
+    total = w.sum(-2, keepdim=True)
     if mode == "blend":
         share = w / torch.where(total > 0, total, 1.0)
-        probabilities = logits.softmax(-1) * share[..., None]
-    else:
-        # relative to the largest weight: tiny ones lose nothing, and a row without weight is all zeros
-        share = w / torch.where(total > 0, w.amax(-1, keepdim=True), 1.0)
-        peak = logits.masked_fill(share[..., None] <= 0, -torch.inf).flatten(-2).amax(-1)
-        peak = torch.where(peak.isfinite(), peak, 0.0).detach()
-        # clamped where the weight is 0, so that 0 * exp(...) is never 0 * inf
-        mass = share[..., None] * (logits - peak[..., None, None]).clamp(max=0.0).exp()
-        norm = mass.sum((-2, -1), keepdim=True)
-        probabilities = mass / torch.where(norm > 0, norm, 1.0)
-    return torch.einsum("bhnrl,brlhd->bnhd", probabilities, value[ids].to(dtype)).to(query.dtype)
+        return logits.softmax(-1) * share, share
+    # relative to the largest weight: tiny ones lose nothing, and a row without weight is all zeros
+    share = w / torch.where(total > 0, w.amax(-2, keepdim=True), 1.0)
+    peak = logits.masked_fill(share <= 0, -torch.inf).flatten(-2).amax(-1)
+    peak = torch.where(peak.isfinite(), peak, 0.0).detach()
+    # clamped where the weight is 0, so that 0 * exp(...) is never 0 * inf
+    mass = share * (logits - peak[..., None, None]).clamp(max=0.0).exp()
+    norm = mass.sum((-2, -1), keepdim=True)
+    return mass / torch.where(norm > 0, norm, 1.0), share

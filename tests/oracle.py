@@ -4,11 +4,14 @@ Inputs are rounded to the precision under test first; float64 then gets the roun
 operation, whatever the backend.
 """
 
+from pathlib import Path
+
 import torch
 
 from instantas import ops
 from instantas.windows import WindowPlan
 
+ROOT = Path(__file__).parent.parent
 BACKENDS = [name for name, state in ops.backends().items() if state == "available"]
 GPU = torch.cuda.is_available()
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
