@@ -11,11 +11,12 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral, Real
-from typing import Protocol
 
 import torch
 
 from instantas import ops
+from instantas.bridging import Bridge, Stage, bridge
+from instantas.noise import Level, levels
 from instantas.schedulers import probe, step_keywords
 from instantas.windows import WindowPlan
 
@@ -31,6 +32,7 @@ class StepContext:
         timestep: the scheduler's timestep, 0-dimensional, on the latents' device.
         plan: the windows of this step.
         rows: (m, 2) int64 on the CPU, the (picture, window) of each window given.
+        level: the step's noise level, and what is predicted; None for a scheduler whose levels are not known.
     """
 
     step: int
@@ -38,30 +40,7 @@ class StepContext:
     timestep: torch.Tensor
     plan: WindowPlan
     rows: torch.Tensor
-
-
-@dataclass(frozen=True, eq=False)
-class Stage:
-    """The windows of one step.
-
-    Attributes:
-        plan: the windows, on the canvas of the run.
-        evaluated: (n,) bool, the windows for which the network is run; the others take the latest prediction known at
-            their cells. None: all. The first step evaluates all.
-        adjust: function of (cond, uncond, sample, context), called before the scheduler's step with the predictions
-            (B, n, C, h, w), uncond None without guidance, and the canvas (B, C, H, W); returns the pair to use.
-    """
-
-    plan: WindowPlan
-    evaluated: torch.Tensor | None = None
-    adjust: Callable | None = None
-
-
-class Bridge(Protocol):
-    """Ties windows that do not overlap into one picture, by choosing what each step does."""
-
-    def step(self, step: int, steps: int, plan: WindowPlan) -> Stage:
-        """The stage of a step, asked for all steps before the first evaluation; plan: the one `sample` was given."""
+    level: Level | None
 
 
 def sample(
@@ -78,7 +57,7 @@ def sample(
     generator: torch.Generator | list[torch.Generator] | None = None,
     weight: torch.Tensor | None = None,
     window_batch_size: int | None = None,
-    bridging: Bridge | None = None,
+    bridging: str | Bridge | None = None,
     callback: Callable | None = None,
 ) -> torch.Tensor:
     """Denoise a canvas of any size through the windows of a plan.
@@ -108,8 +87,8 @@ def sample(
         generator: for schedulers that draw noise; a list has one for each picture.
         weight: overlap weight of the windows, as `ops.scatter_windows` takes it.
         window_batch_size: windows in one call of the denoiser; None: 4. Halved, with one warning, when memory is out.
-        bridging: chooses plan, evaluated windows and adjustment of each step. None: the same plan at every step. With a
-            plan per step, `weight` must fit them all.
+        bridging: name or object (`instantas.bridging`) that chooses plan, evaluated windows and adjustment of each
+            step. None: the same plan at every step. With a plan per step, `weight` must fit them all.
         callback: function of (step, timestep, latents) after each step; returns latents to go on with, or None.
             StopIteration ends the run with the latents as they are.
 
@@ -120,30 +99,33 @@ def sample(
         TypeError, ValueError: naming the argument, what was expected and what came, before the denoiser is called.
     """
     batch = _window_batch_size(window_batch_size)
+    bridging = bridge(bridging)
     _check_run(denoiser, latents, plan, scheduler, guidance_rescale, generator)
     set_timesteps(scheduler, num_inference_steps, timesteps, latents.device)
-    stages = _stages(bridging, plan, len(scheduler.timesteps), weight)
+    stages = _stages(bridging, plan, len(scheduler.timesteps), weight, latents.device)
+    known = _levels(scheduler, stages)
     _check_step(latents, stages, guidance_scale)
 
     recurrence = probe(scheduler, eta)
     update = _LinearUpdate(recurrence, latents) if recurrence else _SchedulerUpdate(scheduler, generator, eta)
     evaluate = _Evaluator(denoiser, batch)
-    reuse = any(stage.evaluated is not None for stage, _ in stages)
-    latest = None
+    whole = WindowPlan.minimum_coverage(plan.height, plan.width, (plan.height, plan.width))
+    latest = _Latest() if any(stage.evaluated is not None for stage, _ in stages) else None
     canvas = latents * getattr(scheduler, "init_noise_sigma", 1.0)
-    for i, (t, (stage, weight)) in enumerate(zip(scheduler.timesteps, stages)):
-        context = StepContext(i, len(stages), t, stage.plan, _rows(len(latents), stage))
-        windows = ops.gather_windows(update.scale(canvas, i, t), stage.plan)
-        cond, uncond = _predict(evaluate, windows, context, stage, latest)
-        if reuse:
-            latest = tuple(p if p is None else ops.scatter_windows(p, stage.plan, weight) for p in (cond, uncond))
-        if stage.adjust is not None:
-            cond, uncond = stage.adjust(cond, uncond, canvas, context)
-        plan = stage.plan
+    for i, (t, level, (stage, weight)) in enumerate(zip(scheduler.timesteps, known, stages)):
+        context = StepContext(i, len(stages), t, stage.plan, _rows(len(latents), stage), level)
+        noisy = update.scale(canvas, i, t)
+        plan, chosen = stage.plan, _chosen(stage, latents.device)
+        cond, uncond = _evaluated(evaluate, ops.gather_windows(noisy, plan), chosen, context)
+        if latest is not None:
+            cond, uncond = latest.merge(cond, uncond, chosen, plan, weight, level, noisy)
+            plan, weight = whole, None
         if uncond is not None and guidance_rescale > 0:
             merged = _rescaled(cond, uncond, plan, weight, guidance_scale, guidance_rescale)
-            plan, weight = WindowPlan.minimum_coverage(plan.height, plan.width, (plan.height, plan.width)), None
-            cond, uncond = merged[:, None], None
+            cond, uncond, plan, weight = merged[:, None], None, whole, None
+        if stage.adjust is not None:
+            merged = _guided(cond, uncond, plan, weight, guidance_scale)[0]
+            cond, uncond, plan, weight = stage.adjust(merged, noisy, context)[:, None], None, whole, None
         canvas = update.step(cond, uncond, canvas, plan, weight, guidance_scale, i, t)
         if callback is not None:
             try:
@@ -276,18 +258,52 @@ def _pair(prediction, windows):
     return tuple(part if part is None else part.to(windows.dtype) for part in pair)
 
 
-def _predict(evaluate, windows, context, stage, latest):
-    """Predictions (B, n, C, h, w) of a step's windows: evaluated ones fresh, the others from the latest canvas."""
+def _chosen(stage, device):
+    """Indices of the evaluated windows, or None for all."""
+    return None if stage.evaluated is None else stage.evaluated.nonzero()[:, 0].to(device)
+
+
+def _evaluated(evaluate, windows, chosen, context):
+    """Predictions (B, n, C, h, w), zero where a window is not evaluated; (None, None) where none is."""
     b, n = windows.shape[:2]
-    if stage.evaluated is None:
-        fresh = evaluate(windows.flatten(0, 1), context)
-        return tuple(p if p is None else p.unflatten(0, (b, n)) for p in fresh)
-    chosen = stage.evaluated.nonzero()[:, 0].to(windows.device)
+    if chosen is None:
+        return tuple(p if p is None else p.unflatten(0, (b, n)) for p in evaluate(windows.flatten(0, 1), context))
+    if not len(chosen):
+        return None, None
     fresh = evaluate(windows[:, chosen].flatten(0, 1), context)
     return tuple(
-        p if p is None else ops.gather_windows(old, stage.plan).index_copy(1, chosen, p.unflatten(0, (b, len(chosen))))
-        for p, old in zip(fresh, latest)
+        p if p is None else torch.zeros_like(windows).index_copy(1, chosen, p.unflatten(0, (b, len(chosen))))
+        for p in fresh
     )
+
+
+class _Latest:
+    """The latest prediction made at each cell, carried from noise level to noise level."""
+
+    def __init__(self):
+        self.parts = self.level = self.noisy = None
+
+    def merge(self, cond, uncond, chosen, plan, weight, level, noisy):
+        """Predictions (B, 1, C, H, W): of the evaluated windows where one covers the cell, else the latest known."""
+        if self.parts is None:
+            self.parts = (None, None)
+        elif self.level is not None:
+            self.parts = tuple(p if p is None else self.level.carry(p, self.noisy, level) for p in self.parts)
+        if cond is not None:
+            self.parts = tuple(_over(p, old, chosen, plan, weight) for p, old in zip((cond, uncond), self.parts))
+        self.level, self.noisy = level, noisy
+        return tuple(p if p is None else p[:, None] for p in self.parts)
+
+
+def _over(fresh, latest, chosen, plan, weight):
+    if fresh is None or chosen is None:
+        return fresh if fresh is None else ops.scatter_windows(fresh, plan, weight)
+    marks = torch.zeros(1, plan.count, 1, *plan.window, device=fresh.device)
+    marks[:, chosen] = 1
+    share = ops.scatter_windows(marks, plan, weight)
+    exact = fresh if fresh.dtype == torch.float64 else fresh.float()  # shares may be tiny
+    merged = ops.scatter_windows(exact, plan, weight) / share.clamp(min=1e-9)
+    return torch.where(share > 0, merged.to(fresh.dtype), latest)
 
 
 def _rows(pictures, stage):
@@ -297,7 +313,7 @@ def _rows(pictures, stage):
     return torch.cartesian_prod(torch.arange(pictures), windows)
 
 
-def _stages(bridging, plan, steps, weight):
+def _stages(bridging, plan, steps, weight, device):
     """(stage, overlap weight) of every step."""
     if bridging is None:
         return [(Stage(plan), weight)] * steps
@@ -309,24 +325,22 @@ def _stages(bridging, plan, steps, weight):
         if stage.evaluated is None:
             continue
         wanted = (stage.plan.count,)
-        if stage.evaluated.dtype != torch.bool or stage.evaluated.shape != wanted or not stage.evaluated.any():
-            raise ValueError(f"bridging: expected evaluated as {wanted} bool with at least one True at step {i}")
+        if stage.evaluated.dtype != torch.bool or stage.evaluated.shape != wanted:
+            raise ValueError(f"bridging: expected evaluated as {wanted} bool, got {stage.evaluated} at step {i}")
         if i == 0 and not stage.evaluated.all():
             raise ValueError("bridging: expected every window evaluated at step 0, as there is nothing to re-use")
-    return [(stage, _fresh_first(stage, weight)) for stage in stages]
+    return [(stage, weight if stage.weight is None else stage.weight.to(device)) for stage in stages]
 
 
-def _fresh_first(stage, weight):
-    """The overlap weight, with no say for re-used windows where an evaluated one covers the cell."""
-    if stage.evaluated is None or stage.evaluated.all():
-        return weight
-    plan, fresh = stage.plan, stage.evaluated
-    device = torch.device("cpu") if weight is None else weight.device
-    weight = torch.ones(plan.window, device=device) if weight is None else weight
-    weight = weight.expand(plan.count, *plan.window)
-    mark = fresh.to(device, weight.dtype)[None, :, None, None, None].expand(1, -1, 1, *plan.window).contiguous()
-    covered = ops.gather_windows((ops.scatter_windows(mark, plan) > 0).to(weight.dtype), plan)[0, :, 0] > 0
-    return weight.masked_fill(covered & ~fresh.to(device)[:, None, None], 0.0)
+def _levels(scheduler, stages):
+    """The noise level of each step, None where nothing is known of it and nobody asks."""
+    known = levels(scheduler)
+    if known is None and any(stage.adjust is not None for stage, _ in stages):
+        raise ValueError(
+            "bridging: expected a scheduler with alphas_cumprod or flow sigmas, as the bridge adjusts predictions, got "
+            f"{type(scheduler).__name__}"
+        )
+    return known or [None] * len(stages)
 
 
 def _window_batch_size(value):

@@ -1,0 +1,285 @@
+"""Bridges: what ties windows that hardly overlap into one picture, at the cost of minimum coverage.
+
+The InstantAS supplement names inter-domain distribution bridging and gives no formula for it; these bridges are this
+library's own, chosen by the measures in `docs/bridging.md`. A bridge decides, before the run, what each step does:
+which windows there are, which of them the network is run for, and whether the prediction is adjusted. Plain data, no
+kernels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from numbers import Real
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from instantas import ops
+from instantas.windows import WindowPlan
+
+WINDOWS, PREDICTION = "the windows", "the prediction"  # what a bridge chooses; no two that are joined choose the same
+
+
+@dataclass(frozen=True, eq=False)
+class Stage:
+    """What one step does.
+
+    Attributes:
+        plan: the windows, on the canvas of the run.
+        evaluated: (n,) bool, the windows for which the network is run; cells that none of them covers re-use the latest
+            prediction made there, carried to the step's noise level. None: all. The first step evaluates all.
+        weight: overlap weight of the windows; None: the run's own.
+        adjust: function of (prediction, sample, context), all (B, C, H, W) but the `sampler.StepContext`, that returns
+            the merged and guided prediction to use.
+    """
+
+    plan: WindowPlan
+    evaluated: torch.Tensor | None = None
+    weight: torch.Tensor | None = None
+    adjust: Callable | None = None
+
+
+class Bridge(Protocol):
+    """Chooses what each step does."""
+
+    def step(self, step: int, steps: int, plan: WindowPlan) -> Stage:
+        """The stage of a step, asked for all steps before the first evaluation; plan: the one `sample` was given."""
+
+
+@dataclass(frozen=True)
+class Shift:
+    """Windows that move at every step, so that what was a border is inside a window at the next.
+
+    On an axis of length L = (n - 1) l + r with window l and 0 < r <= l, a moved grid of n windows cannot cover the
+    canvas. One window stays flush with one end and n - 1 follow it from
+
+        o = l - 1 - floor(u (l - ceil(r / 2))),    ceil(r / 2) <= o < l,
+
+    u from a low-discrepancy sequence (Roberts' R_2). They reach o + (n - 1) l, pushed back where that is more than L;
+    at most r / 2 cells beyond, the rim, re-use the latest prediction made there. The end that is flush changes at every
+    step on the horizontal axis and at every second one on the vertical, so that each corner of the canvas has its turn
+    in four steps. On an axis that wraps all windows move by floor(u l), and nothing is re-used. Nothing ever joins
+    opposite edges that do not wrap.
+
+    Overlaps are blended with weights that fall to the windows' borders. The first and the last step have the windows of
+    the run's own plan, so that every cell starts and ends with a prediction of its own.
+
+    Evaluations: n windows an axis, as many as minimum coverage has, at each of the max(1, floor(share steps)) steps
+    that are evaluated; at the others, spread evenly, every cell re-uses its latest prediction.
+
+    Attributes:
+        share: share of the steps that are evaluated, 0 < share <= 1.
+    """
+
+    share: float = 1.0
+
+    chooses = WINDOWS
+
+    def __post_init__(self):
+        _check_real("share", self.share, 0, 1, above=True)
+
+    def step(self, step: int, steps: int, plan: WindowPlan) -> Stage:
+        if not _several(plan):
+            return Stage(plan)
+        count = max(1, math.floor(self.share * steps + 1e-9))  # 0.58 * 50 is 28.999...
+        index = round(step * (count - 1) / max(1, steps - 1))
+        if round(index * (steps - 1) / max(1, count - 1)) != step:
+            return Stage(plan, torch.zeros(plan.count, dtype=torch.bool))
+        if index in (0, count - 1):
+            return Stage(plan)
+        far_ends = (index // 2 % 2, index % 2)
+        axes = zip((plan.height, plan.width), plan.window, plan.wrap, far_ends, _offsets(index))
+        return _covering(plan, *(_moved(*axis) for axis in axes))
+
+
+@dataclass(frozen=True)
+class Centred:
+    """The resting plan, and between its steps windows centred on its seams.
+
+    Four steps in turn: the resting grid; windows centred on all corners; on the vertical seams; on the horizontal
+    seams. Between n windows lie n - 1 seams, so that a step that centres on an axis has n - 1 windows there, and the
+    rim of half a window re-uses its latest prediction. An axis with one window has no seams, and does not move; one
+    that wraps moves by half a window.
+
+    Evaluations: of n x m windows (nm + (n-1)(m-1) + n(m-1) + (n-1)m) / 4 a step, 0.56 of minimum coverage for 2 x 2.
+    """
+
+    chooses = WINDOWS
+
+    def step(self, step: int, steps: int, plan: WindowPlan) -> Stage:
+        if not _several(plan) or step % 4 == 0 or step == steps - 1:
+            return Stage(plan)
+        moves = ((True, True), (False, True), (True, False))[step % 4 - 1]
+        kept = []
+        for axis, (length, window, wraps, move) in enumerate(
+            zip((plan.height, plan.width), plan.window, plan.wrap, moves)
+        ):
+            origins = np.unique(plan.origins[:, axis])
+            if move and wraps:
+                origins = (origins + window // 2) % length
+            elif move and len(origins) > 1:
+                origins = (origins[1:] + origins[:-1]) // 2
+            kept.append(origins)
+        return _covering(plan, *kept)
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Pulls the mean and spread of each window's predicted x_0 toward those of the whole canvas.
+
+    Of each channel, with mean m_w and standard deviation s_w over a window of the run's plan, m and s over the canvas,
+
+        x_0 <- (x_0 - m_w) (s / s_w)^k + m_w + k (m - m_w),    k = strength (1 - progress / until), never below 0,
+
+    where the windows overlap their results are averaged. x_0 is read off the merged, guided prediction by the model's
+    prediction type and turned back into it. No evaluations. Ties brightness and colour; with regions it pulls those of
+    different prompts toward each other too.
+
+    Attributes:
+        strength: 0 to 1.
+        until: part of the run after which it does nothing, 0 < until <= 1.
+    """
+
+    strength: float = 1.0
+    until: float = 0.5
+
+    chooses = PREDICTION
+
+    def __post_init__(self):
+        _check_real("strength", self.strength, 0, 1)
+        _check_real("until", self.until, 0, 1, above=True)
+
+    def step(self, step: int, steps: int, plan: WindowPlan) -> Stage:
+        pull = self.strength * (1 - step / (self.until * steps))
+        if not _several(plan) or pull <= 0:
+            return Stage(plan)
+
+        def adjust(prediction, sample, context):
+            clean = context.level.clean(prediction, sample)
+            windows = ops.gather_windows(clean, plan)
+            mean, spread = windows.mean((-2, -1), keepdim=True), windows.std((-2, -1), keepdim=True)
+            target_mean = clean.mean((-2, -1), keepdim=True)[:, None]
+            target_spread = clean.std((-2, -1), keepdim=True)[:, None]
+            ratio = (target_spread / spread.clamp(min=1e-3)) ** pull  # a flat window has no spread to widen
+            matched = (windows - mean) * ratio + mean + pull * (target_mean - mean)
+            return context.level.prediction(ops.scatter_windows(matched, plan), sample)
+
+        return Stage(plan, adjust=adjust)
+
+
+@dataclass(frozen=True)
+class Joined:
+    """Several bridges at once, each choosing something else: `bridge("shift+moments")` makes one.
+
+    Raises:
+        ValueError: for bridges that choose the same.
+    """
+
+    bridges: tuple
+
+    def __post_init__(self):
+        chosen = [getattr(bridge, "chooses", type(bridge)) for bridge in self.bridges]
+        for i, what in enumerate(chosen):
+            if what in chosen[:i]:
+                pair = [type(b).__name__ for b, w in zip(self.bridges, chosen) if w == what]
+                raise ValueError(f"bridging: expected bridges that choose different things, got {pair}, both {what}")
+
+    def step(self, step: int, steps: int, plan: WindowPlan) -> Stage:
+        stages = [bridge.step(step, steps, plan) for bridge in self.bridges]
+        moved = next((s for s in stages if s.plan is not plan or s.evaluated is not None), stages[0])
+        adjust = next((s.adjust for s in stages if s.adjust is not None), None)
+        return Stage(moved.plan, moved.evaluated, moved.weight, adjust)
+
+
+def _check_real(name, value, low, high, above=False):
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name}: expected a number, got {value!r}")
+    if not (low < value if above else low <= value) or not value <= high:  # NaN fails both
+        raise ValueError(f"{name}: expected {'more than ' if above else ''}{low} to {high}, got {value}")
+
+
+def _several(plan) -> bool:
+    """Whether there is anything to bridge: more than one window, or one whose own edges should meet."""
+    if plan.count != plan.lower_bound:
+        raise ValueError(
+            f"bridging: expected a plan of the fewest windows, {plan.lower_bound}, got {plan.count}; windows that "
+            "overlap need no bridge"
+        )
+    return plan.count > 1 or any(plan.wrap)
+
+
+def _offsets(index: int) -> tuple[float, float]:
+    """Point of Roberts' R_2 sequence: shares in [0, 1) that fill the unit square evenly."""
+    plastic = 1.324717957244746  # x^3 = x + 1
+    return (0.5 + index / plastic) % 1, (0.5 + index / plastic**2) % 1
+
+
+def _moved(length, window, wraps, far_end, u) -> np.ndarray:
+    """Origins of the windows that are evaluated on one axis."""
+    n = -(-length // window)
+    if wraps:
+        return (np.arange(n) * length // n + int(u * window)) % length
+    if n == 1:
+        return np.zeros(1, dtype=np.int64)
+    reach = window - -(-(length - (n - 1) * window) // 2)
+    first = window - min(1 + int(u * reach), reach)
+    origins = np.append(0, np.minimum(first + window * np.arange(n - 1), length - window))
+    return length - window - origins[::-1] if far_end else origins
+
+
+def _covering(plan, rows, columns) -> Stage:
+    """The stage that evaluates rows x columns, among the windows that the whole canvas takes."""
+    axes = []
+    for length, window, wraps, origins in zip((plan.height, plan.width), plan.window, plan.wrap, (rows, columns)):
+        ends = [] if wraps else [0, length - window]
+        axes.append(np.unique(np.append(origins, ends).astype(np.int64)))
+    moved = WindowPlan.grid(plan.height, plan.width, plan.window, *axes, wrap=plan.wrap)
+    evaluated = np.outer(np.isin(axes[0], rows), np.isin(axes[1], columns)).ravel()
+    return Stage(moved, None if evaluated.all() else torch.from_numpy(evaluated), moved.weight("linear"))
+
+
+BRIDGES = {
+    "shift": Shift(),
+    "economy": Shift(share=0.65),
+    "centred": Centred(),
+    "moments": Moments(),
+}
+DEFAULT = "shift"
+
+
+def bridge(name) -> Bridge | None:
+    """The bridge of a name: one of `BRIDGES`, "default", "none" (None), or several joined by "+".
+
+    A bridge object or None is returned as it is.
+
+    Raises:
+        ValueError: for an unknown name, and for bridges that cannot be joined.
+        TypeError: for anything else.
+    """
+    if name is None or callable(getattr(name, "step", None)):
+        return name
+    if not isinstance(name, str):
+        raise TypeError(f"bridging: expected a name or a bridge, got {type(name).__name__}")
+    if name == "none":
+        return None
+    parts = [DEFAULT if part == "default" else part for part in name.split("+")]
+    for part in parts:
+        if part not in BRIDGES:
+            known = ", ".join(["none", "default", *BRIDGES])
+            raise ValueError(f"bridging: expected one of {known}, or several joined by '+', got {name!r}")
+    return BRIDGES[parts[0]] if len(parts) == 1 else Joined(tuple(BRIDGES[part] for part in parts))
+
+
+def evaluations(bridging, plan: WindowPlan, steps: int) -> int:
+    """Windows evaluated in a whole run of that many scheduler evaluations, for one picture and one branch of guidance.
+
+    bridging: a name or an object as `bridge` takes it. Minimum coverage without re-use has steps * plan.lower_bound.
+    """
+    bridging = bridge(bridging)
+    if bridging is None:
+        return steps * plan.count
+    stages = [bridging.step(i, steps, plan) for i in range(steps)]
+    return sum(s.plan.count if s.evaluated is None else int(s.evaluated.sum()) for s in stages)

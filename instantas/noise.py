@@ -1,0 +1,79 @@
+"""Noise levels of a scheduler's steps: from a prediction to the clean sample and from one level to another."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+PREDICTIONS = ("epsilon", "sample", "v_prediction", "flow_prediction")
+_LEAST = 1e-4  # of the signal or the noise, where a formula divides by it
+
+
+@dataclass(frozen=True)
+class Level:
+    """The network's input is x = signal x_0 + noise eps, and its prediction one of `PREDICTIONS`.
+
+    epsilon: eps. sample: x_0. v_prediction: signal eps - noise x_0 (Salimans and Ho 2022, signal^2 + noise^2 = 1).
+    flow_prediction: eps - x_0 (signal + noise = 1).
+    """
+
+    signal: float
+    noise: float
+    predicts: str
+
+    def clean(self, prediction: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """The x_0 that a prediction says; both of any one shape."""
+        match self.predicts:
+            case "epsilon":
+                return (x - self.noise * prediction) / max(self.signal, _LEAST)
+            case "v_prediction":
+                return self.signal * x - self.noise * prediction
+            case "flow_prediction":
+                return x - self.noise * prediction
+        return prediction
+
+    def prediction(self, clean: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """The prediction that says x_0: the inverse of `clean`."""
+        match self.predicts:
+            case "epsilon":
+                return (x - self.signal * clean) / max(self.noise, _LEAST)
+            case "v_prediction":
+                return (self.signal * x - clean) / max(self.noise, _LEAST)
+            case "flow_prediction":
+                return (x - clean) / max(self.noise, _LEAST)
+        return clean
+
+    def carry(self, prediction: torch.Tensor, x: torch.Tensor, to: Level) -> torch.Tensor:
+        """A prediction made from x at this level, said at another level of the same x_0 and eps.
+
+        Only v changes with the level: with x_0 = signal x - noise v and eps = noise x + signal v it turns into
+        signal' eps - noise' x_0. A DDIM step on it is the longer DDIM step from where it was made.
+        """
+        if self.predicts != "v_prediction":
+            return prediction
+        turn = self.noise * to.signal - self.signal * to.noise
+        keep = self.signal * to.signal + self.noise * to.noise
+        return turn * x + keep * prediction
+
+
+def levels(scheduler) -> list[Level] | None:
+    """The level of each of a scheduler's timesteps, which are set; None if it has no table that this module knows.
+
+    Read off `alphas_cumprod` (between its entries, the angle whose tangent is noise / signal is interpolated), or off
+    the `sigmas` of flow matching. Timesteps are copied to the CPU once.
+    """
+    predicts = getattr(getattr(scheduler, "config", None), "prediction_type", "flow_prediction")
+    if predicts not in PREDICTIONS:
+        return None
+    if predicts != "flow_prediction" and getattr(scheduler, "alphas_cumprod", None) is not None:
+        alphas = scheduler.alphas_cumprod.double().cpu().numpy()
+        angles = np.arctan2(np.sqrt(1 - alphas), np.sqrt(alphas))
+        steps = torch.as_tensor(scheduler.timesteps).double().cpu().numpy()
+        angles = np.interp(steps, np.arange(len(alphas)), angles)
+        return [Level(float(np.cos(angle)), float(np.sin(angle)), predicts) for angle in angles]
+    sigmas = getattr(scheduler, "sigmas", None)
+    if predicts == "flow_prediction" and sigmas is not None:
+        return [Level(1 - float(s), float(s), predicts) for s in sigmas[: len(scheduler.timesteps)]]
+    return None
