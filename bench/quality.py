@@ -121,18 +121,12 @@ def window_divergence(picture: np.ndarray, window: int) -> float:
     """Mean distance between the features of a picture's native crops: 0 for equal crops, larger as they drift apart.
 
     The distance of a pair is the root mean square over the 18 features of `crop_features`, in units of FEATURE_SCALE.
-    Divide by the value for real pictures of the same subjects and size: `relative_divergence`.
+    Compare with the value of real pictures of the same subjects.
     """
     features = [crop_features(crop) / FEATURE_SCALE for _, crop in native_crops(picture, window)]
     if len(features) < 2:
         raise ValueError(f"picture: expected more than one window of {window}, got {picture.shape[:2]}")
     return float(np.mean([np.sqrt(np.mean((a - b) ** 2)) for a, b in combinations(features, 2)]))
-
-
-def relative_divergence(pictures: Sequence[np.ndarray], real: Sequence[np.ndarray], window: int) -> float:
-    """Mean divergence of pictures over that of real ones; 1: as even as real pictures are."""
-    mean = [np.mean([window_divergence(p, window) for p in group]) for group in (pictures, real)]
-    return float(mean[0] / mean[1])
 
 
 def repetition(picture: np.ndarray, window: int) -> float:
@@ -161,6 +155,12 @@ def gradient_energy(picture: np.ndarray) -> float:
     """Mean squared difference of neighbouring luminance values, both directions: falls as detail is blurred."""
     gray = picture @ LUMINANCE
     return float((np.diff(gray, axis=0) ** 2).mean() + (np.diff(gray, axis=1) ** 2).mean())
+
+
+def window_gradient_energy(picture: np.ndarray, window: int, margin: int = 16) -> float:
+    """Gradient energy inside the native crops, a margin away from their borders: what seams add is left out."""
+    inside = slice(margin, window - margin)
+    return float(np.mean([gradient_energy(crop[inside, inside]) for _, crop in native_crops(picture, window)]))
 
 
 def edge_distance(picture: np.ndarray, axis: int, window: int) -> float:
@@ -195,7 +195,7 @@ def measure(picture: np.ndarray, window: int) -> dict[str, float]:
     if max(picture.shape[:2]) > window:
         values["divergence"] = window_divergence(picture, window)
         values["repetition"] = repetition(picture, window)
-    return values | {"gradient": gradient_energy(picture)}
+    return values | {"gradient": window_gradient_energy(picture, window)}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -260,7 +260,8 @@ def _pair(prediction, windows):
 
 def _chosen(stage, device):
     """Indices of the evaluated windows, or None for all."""
-    return None if stage.evaluated is None else stage.evaluated.nonzero()[:, 0].to(device)
+    every = stage.evaluated is None or bool(stage.evaluated.all())
+    return None if every else stage.evaluated.nonzero()[:, 0].to(device)
 
 
 def _evaluated(evaluate, windows, chosen, context):
