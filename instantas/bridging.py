@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Protocol
 
@@ -20,7 +20,32 @@ import torch
 from instantas import ops
 from instantas.windows import WindowPlan
 
-WINDOWS, PREDICTION = "the windows", "the prediction"  # what a bridge chooses; no two that are joined choose the same
+WINDOWS, VIEW, PREDICTION = "the windows", "the view", "the prediction"  # no two joined bridges choose the same
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """A canvas made of the cells of another: seen[i, j] = canvas[rows[i], columns[j]].
+
+    Attributes:
+        rows, columns: int64 on the CPU; every row and column of the canvas occurs.
+    """
+
+    rows: torch.Tensor
+    columns: torch.Tensor
+
+    def see(self, canvas: torch.Tensor) -> torch.Tensor:
+        """(..., H, W) -> (..., len(rows), len(columns))."""
+        rows, columns = self.rows.to(canvas.device), self.columns.to(canvas.device)
+        return canvas.index_select(-2, rows).index_select(-1, columns)
+
+    def back(self, seen: torch.Tensor) -> torch.Tensor:
+        """The inverse of `see`; of a cell that was seen more than once, the first."""
+        first = [
+            torch.from_numpy(np.unique(index.numpy(), return_index=True)[1]) for index in (self.rows, self.columns)
+        ]
+        rows, columns = (index.to(seen.device) for index in first)
+        return seen.index_select(-2, rows).index_select(-1, columns)
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,18 +53,20 @@ class Stage:
     """What one step does.
 
     Attributes:
-        plan: the windows, on the canvas of the run.
+        plan: the windows, on the canvas of the run or on what the view makes of it.
         evaluated: (n,) bool, the windows for which the network is run; cells that none of them covers re-use the latest
             prediction made there, carried to the step's noise level. None: all. The first step evaluates all.
         weight: overlap weight of the windows; None: the run's own.
         adjust: function of (prediction, sample, context), all (B, C, H, W) but the `sampler.StepContext`, that returns
             the merged and guided prediction to use.
+        view: what the windows are cut from; None: the canvas itself. All windows of a view are evaluated.
     """
 
     plan: WindowPlan
     evaluated: torch.Tensor | None = None
     weight: torch.Tensor | None = None
     adjust: Callable | None = None
+    view: View | None = None
 
 
 class Bridge(Protocol):
@@ -127,6 +154,41 @@ class Centred:
 
 
 @dataclass(frozen=True)
+class Dilated:
+    """In early steps, windows that each see the whole canvas in strides, so that its layout is drawn as one.
+
+    An axis of length L under n windows of length l is seen n times: view p has the cells
+
+        floor((j n + p) L / (n l)),    j = 0 .. l - 1,
+
+    which lie L / l apart; together the views have every cell, each once where the window divides the length. Noise is
+    the same at any stride, so that at high noise levels the network takes a view for a picture. Ties far ends
+    together: fewer repetitions of a scene, one scene instead. Evaluations: those of minimum coverage.
+
+    Attributes:
+        until: part of the run in which the windows are views, 0 < until <= 1.
+    """
+
+    until: float = 0.2
+
+    chooses = VIEW
+
+    def __post_init__(self):
+        _check_real("until", self.until, 0, 1, above=True)
+
+    def step(self, step: int, steps: int, plan: WindowPlan) -> Stage:
+        if not _several(plan) or plan.count == 1 or step >= self.until * steps:
+            return Stage(plan)
+        counts = [len(np.unique(plan.origins[:, axis])) for axis in (0, 1)]
+        sides = [n * window for n, window in zip(counts, plan.window)]
+        cells = []
+        for length, side, n in zip((plan.height, plan.width), sides, counts):
+            view, j = np.divmod(np.arange(side), side // n)
+            cells.append(torch.from_numpy((j * n + view) * length // side))
+        return Stage(WindowPlan.minimum_coverage(*sides, plan.window), view=View(*cells))
+
+
+@dataclass(frozen=True)
 class Moments:
     """Pulls the mean and spread of each window's predicted x_0 toward those of the whole canvas.
 
@@ -189,9 +251,12 @@ class Joined:
 
     def step(self, step: int, steps: int, plan: WindowPlan) -> Stage:
         stages = [bridge.step(step, steps, plan) for bridge in self.bridges]
-        moved = next((s for s in stages if s.plan is not plan or s.evaluated is not None), stages[0])
         adjust = next((s.adjust for s in stages if s.adjust is not None), None)
-        return Stage(moved.plan, moved.evaluated, moved.weight, adjust)
+        moved = next((s for s in stages if s.plan is not plan and s.view is None or s.evaluated is not None), stages[0])
+        seen = next((s for s in stages if s.view is not None), None)
+        idle = moved.evaluated is not None and not moved.evaluated.any()
+        chosen = moved if seen is None or idle else seen
+        return replace(chosen, adjust=adjust)
 
 
 def _check_real(name, value, low, high, above=False):
@@ -245,6 +310,7 @@ BRIDGES = {
     "shift": Shift(),
     "economy": Shift(share=0.65),
     "centred": Centred(),
+    "dilated": Dilated(),
     "moments": Moments(),
 }
 DEFAULT = "shift"

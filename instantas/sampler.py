@@ -15,7 +15,7 @@ from numbers import Integral, Real
 import torch
 
 from instantas import ops
-from instantas.bridging import Bridge, Stage, bridge
+from instantas.bridging import Bridge, Stage, View, bridge
 from instantas.noise import Level, levels
 from instantas.schedulers import probe, step_keywords
 from instantas.windows import WindowPlan
@@ -31,6 +31,7 @@ class StepContext:
         step, steps: index of the evaluation and how many there are (second-order schedulers evaluate twice a step).
         timestep: the scheduler's timestep, 0-dimensional, on the latents' device.
         plan: the windows of this step.
+        view: what they are cut from (`bridging.View`, for masks to be seen through too); None: the canvas.
         rows: (m, 2) int64 on the CPU, the (picture, window) of each window given.
         level: the step's noise level, and what is predicted; None for a scheduler whose levels are not known.
     """
@@ -41,6 +42,7 @@ class StepContext:
     plan: WindowPlan
     rows: torch.Tensor
     level: Level | None
+    view: View | None = None
 
 
 def sample(
@@ -104,7 +106,7 @@ def sample(
     set_timesteps(scheduler, num_inference_steps, timesteps, latents.device)
     stages = _stages(bridging, plan, len(scheduler.timesteps), weight, latents.device)
     known = _levels(scheduler, stages)
-    _check_step(latents, stages, guidance_scale)
+    _check_step(latents, [(Stage(plan), weight), *stages], guidance_scale)
 
     recurrence = probe(scheduler, eta)
     update = _LinearUpdate(recurrence, latents) if recurrence else _SchedulerUpdate(scheduler, generator, eta)
@@ -113,10 +115,15 @@ def sample(
     latest = _Latest() if any(stage.evaluated is not None for stage, _ in stages) else None
     canvas = latents * getattr(scheduler, "init_noise_sigma", 1.0)
     for i, (t, level, (stage, weight)) in enumerate(zip(scheduler.timesteps, known, stages)):
-        context = StepContext(i, len(stages), t, stage.plan, _rows(len(latents), stage), level)
+        context = StepContext(i, len(stages), t, stage.plan, _rows(len(latents), stage), level, stage.view)
         noisy = update.scale(canvas, i, t)
         plan, chosen = stage.plan, _chosen(stage, latents.device)
-        cond, uncond = _evaluated(evaluate, ops.gather_windows(noisy, plan), chosen, context)
+        seen = noisy if stage.view is None else stage.view.see(noisy)
+        cond, uncond = _evaluated(evaluate, ops.gather_windows(seen, plan), chosen, context)
+        if stage.view is not None:
+            merged = (p if p is None else ops.scatter_windows(p, plan) for p in (cond, uncond))
+            cond, uncond = (p if p is None else stage.view.back(p)[:, None] for p in merged)
+            plan, weight = whole, None
         if latest is not None:
             cond, uncond = latest.merge(cond, uncond, chosen, plan, weight, level, noisy)
             plan, weight = whole, None
@@ -320,9 +327,11 @@ def _stages(bridging, plan, steps, weight, device):
         return [(Stage(plan), weight)] * steps
     stages = [bridging.step(i, steps, plan) for i in range(steps)]
     for i, stage in enumerate(stages):
-        size = (stage.plan.height, stage.plan.width)
-        if size != (plan.height, plan.width):
-            raise ValueError(f"bridging: expected plans of {plan.height} x {plan.width} cells, got {size} at step {i}")
+        size, wanted = (stage.plan.height, stage.plan.width), (plan.height, plan.width)
+        if stage.view is not None:
+            wanted = (len(stage.view.rows), len(stage.view.columns))
+        if size != wanted:
+            raise ValueError(f"bridging: expected plans of {wanted[0]} x {wanted[1]} cells, got {size} at step {i}")
         if stage.evaluated is None:
             continue
         wanted = (stage.plan.count,)
@@ -369,7 +378,7 @@ def _check_run(denoiser, latents, plan, scheduler, guidance_rescale, generator):
 
 def _check_step(latents, stages, guidance_scale):
     """Run the canvas operations once on no picture at all: they check plan, weight and guidance scale."""
-    for stage, weight in {(id(s.plan), id(w)): (s, w) for s, w in stages}.values():
-        none = latents[:0]
+    none = latents[:0]
+    for stage, weight in {(id(s.plan), id(w)): (s, w) for s, w in stages if s.view is None}.values():
         windows = ops.gather_windows(none, stage.plan)
         ops.guided_step(windows, windows, none, stage.plan, (1.0, 0.0), guidance_scale, weight=weight)

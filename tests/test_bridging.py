@@ -9,12 +9,12 @@ import torch
 from tiny import scheduler
 
 from instantas import bridging
-from instantas.bridging import Centred, Joined, Moments, Shift, Stage
+from instantas.bridging import Centred, Dilated, Joined, Moments, Shift, Stage, View
 from instantas.noise import Level, levels
 from instantas.sampler import sample
 from instantas.windows import WindowPlan
 
-NAMES = ("shift", "economy", "centred", "moments", "shift+moments")
+NAMES = ("shift", "economy", "centred", "moments", "dilated", "shift+moments+dilated")
 WINDOW = 8
 
 
@@ -104,6 +104,8 @@ def test_evaluations_are_those_of_the_contract(size):
         assert bridging.evaluations("none", plan, steps) == least
         assert bridging.evaluations("default", plan, steps) == least
         assert bridging.evaluations("moments", plan, steps) == least
+        assert bridging.evaluations("dilated+shift", plan, steps) == least
+        assert bridging.evaluations("dilated+economy", plan, steps) <= max(plan.count, 0.65 * least)
         assert bridging.evaluations("economy", plan, steps) == max(1, int(0.65 * steps + 1e-9)) * plan.count
         assert bridging.evaluations("economy", plan, steps) <= max(plan.count, 0.65 * least)
     if all(length % WINDOW == 0 for length in size) and rows > 1 and columns > 1:
@@ -177,7 +179,7 @@ def planted(prediction_type, clean=0.3):
     ],
 )
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
-@pytest.mark.parametrize("name", ["shift", "economy", "centred"])
+@pytest.mark.parametrize("name", ["shift", "economy+dilated", "centred"])
 def test_old_predictions_are_carried_to_the_step_exactly(kind, prediction_type, name):
     plan = plan_of(16, 20)
     run = [
@@ -235,6 +237,53 @@ def test_half_precision_stays_close():
     )  # fmt: skip
     assert half.dtype == torch.bfloat16
     assert (half.float() - full).abs().mean() < 0.03
+
+
+# The dilated view
+
+
+def test_views_show_every_cell_and_are_undone_for_500_sizes():
+    for plan, _ in random_plans(500):
+        stage = Dilated().step(0, 10, plan)
+        view, (h, w) = stage.view, plan.window
+        cells = torch.arange(plan.height * plan.width).reshape(1, 1, plan.height, plan.width)
+        seen = view.see(cells)
+        assert torch.equal(view.back(seen), cells)
+        assert stage.plan.count == plan.count
+        for index, length, window in ((view.rows, plan.height, h), (view.columns, plan.width, w)):
+            each = index.reshape(-1, window)
+            assert (each[:, 1:] > each[:, :-1]).all()  # a view runs over the axis once, in order
+            assert (each[:, -1] - each[:, 0] > length - 2 * length / window - 1).all()  # and over all of it
+            if length % window == 0:
+                assert torch.equal(index.sort()[0], torch.arange(length))
+                assert (each.diff() == length // window).all()
+
+
+def test_views_come_first_and_the_windows_after_them():
+    plan = plan_of(16, 24)
+    stages = [bridging.bridge("shift+dilated").step(i, 20, plan) for i in range(20)]
+    assert [stage.view is not None for stage in stages] == [True] * 4 + [False] * 16
+    assert stages[7].plan == Shift().step(7, 20, plan).plan
+    seen = []
+
+    def denoiser(windows, timestep, context):
+        seen.append(context.view is not None)
+        return windows
+
+    sample(denoiser, noise(plan), plan, scheduler(), num_inference_steps=20, window_batch_size=9, bridging="dilated")
+    assert seen == [True] * 4 + [False] * 16
+
+
+def test_windows_are_cut_from_the_view():
+    plan, given = plan_of(8, 16), []
+
+    def denoiser(windows, timestep, context):
+        given.append(windows)
+        return torch.zeros_like(windows)
+
+    canvas = noise(plan)
+    sample(denoiser, canvas, plan, scheduler("sample"), num_inference_steps=1, bridging=Dilated(until=1.0))
+    assert torch.equal(given[0][0], canvas[0, :, :, 0::2]) and torch.equal(given[0][1], canvas[0, :, :, 1::2])
 
 
 # Moments
@@ -349,6 +398,7 @@ def test_bridges_that_choose_the_same_cannot_be_joined():
         lambda: Shift(share=float("nan")),
         lambda: Moments(strength=-0.1),
         lambda: Moments(strength=1.5),
+        lambda: Dilated(until=0),
         lambda: Moments(until=0),
         lambda: Moments(until=float("inf")),
     ],
@@ -405,3 +455,5 @@ def test_stages_that_cannot_be_are_refused():
     refused(ValueError, "step 0, as there is nothing to re-use", bridging=Wrong(Stage(plan, torch.zeros(4).bool())))
     refused(ValueError, r"expected evaluated as \(4,\) bool", bridging=Wrong(Stage(plan, torch.ones(3).bool())))
     refused(ValueError, "expected plans of 16 x 16 cells", bridging=Wrong(Stage(plan_of(24, 16))))
+    view = View(torch.arange(16), torch.arange(16).repeat(2))
+    refused(ValueError, "expected plans of 16 x 32 cells", bridging=Wrong(Stage(plan, view=view)))
