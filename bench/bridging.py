@@ -22,6 +22,7 @@ from quality import (
     load_picture,
     repetition,
     seam_ratio,
+    seam_scatter,
     window_borders,
     window_divergence,
     window_gradient_energy,
@@ -34,31 +35,49 @@ from instantas.windows import WindowPlan
 
 WINDOW, CELL = 16, 8  # native window in cells, pixels of a cell
 STEPS, GUIDANCE = 50, 2.5
-PROMPTS = [prompt for prompt in demo.PROMPTS if " next to " not in prompt]
+MATERIALS = [prompt for prompt in demo.PROMPTS if " next to " not in prompt]
+SCENES = [
+    "grass next to gravel",
+    "sand next to water",
+    "brick next to lava",
+    "clouds next to purple nebula",
+    "wood next to leaves",
+    "snow next to gravel",
+    "white marble next to grass",
+    "stars next to water",
+]
+PROMPTS = MATERIALS + SCENES  # picture i has prompt i modulo their number, and seed i
 SIZES = ((256, 256), (512, 128), (128, 512), (320, 208))  # width, height; the last is no multiple of the window
 FEWER = SIZES[:2]
+SCENE_SIZES = ((256, 256), (384, 384))
 BATCH = 16  # windows in one network call
 
 
 class Method(NamedTuple):
-    """bridge: of minimum coverage, or stride: of overlapping windows; pictures: how many prompts of each size."""
+    """bridge: of minimum coverage, or stride: of overlapping windows; few: sizes of which four pictures must do."""
 
     bridge: str = "none"
     stride: int | None = None
     sizes: tuple = SIZES
-    pictures: tuple = (len(PROMPTS),) * len(SIZES)
+    few: tuple = ()
+    pictures: tuple = tuple(range(len(MATERIALS)))
 
 
+TWICE = tuple(i + seed for seed in (0, len(PROMPTS)) for i in range(len(MATERIALS)))
+PAIRS = tuple(range(len(MATERIALS), len(PROMPTS)))
 METHODS = {
     "none": Method(),
-    "shift": Method("shift"),
-    "economy": Method("economy"),
+    "shift": Method("shift", pictures=TWICE),
+    "economy": Method("economy", pictures=TWICE),
     "centred": Method("centred"),
     "moments": Method("moments", sizes=FEWER),
     "shift+moments": Method("shift+moments", sizes=FEWER),
     "MultiDiffusion, stride 1/2": Method(stride=WINDOW // 2, sizes=FEWER),
-    "MultiDiffusion, stride 1/8": Method(stride=WINDOW // 8, sizes=SIZES[:3], pictures=(4, 13, 13)),
+    "MultiDiffusion, stride 1/8": Method(stride=WINDOW // 8, sizes=SIZES[:3], few=SIZES[:1]),
+    "scenes, shift": Method("shift", sizes=SCENE_SIZES, pictures=PAIRS),
+    "scenes, shift+dilated": Method("shift+dilated", sizes=SCENE_SIZES, pictures=PAIRS),
 }
+SCENE_METHODS = [name for name in METHODS if name.startswith("scenes")]
 
 
 class Model:
@@ -83,14 +102,14 @@ class Model:
 
     @torch.no_grad()
     def paint(self, chosen: list[int], width: int, height: int, method: Method) -> np.ndarray:
-        """(n, height, width, 3) uint8 for the chosen prompts; picture i has seed i."""
+        """(n, height, width, 3) uint8, the chosen pictures."""
         rows, columns = -(-height // CELL), -(-width // CELL)
         if method.stride:
             plan = WindowPlan.strided(rows, columns, WINDOW, method.stride)
         else:
             plan = WindowPlan.minimum_coverage(rows, columns, WINDOW)
         noise = [torch.randn(1, 4, rows, columns, generator=torch.Generator().manual_seed(i)) for i in chosen]
-        prompts = self.prompts[chosen]
+        prompts = self.prompts[[i % len(PROMPTS) for i in chosen]]
 
         def denoiser(windows, timestep, context):
             n, windows = len(windows), windows.to(self.dtype)
@@ -113,14 +132,14 @@ class Model:
 
 
 def file_of(out: Path, name: str, width: int, height: int, i: int) -> Path:
-    folder = name.replace("MultiDiffusion, stride 1/", "stride-").replace("+", "-")
-    return out / folder / f"{width}x{height}-{i:02d}-{PROMPTS[i].replace(' ', '-')}.png"
+    folder = name.replace("MultiDiffusion, stride 1/", "stride-").replace(", ", "-").replace("+", "-")
+    return out / folder / f"{width}x{height}-{i:02d}-{PROMPTS[i % len(PROMPTS)].replace(' ', '-')}.png"
 
 
 def pictures_of(name: str):
-    """(width, height, index of the prompt) of a method's pictures."""
+    """(width, height, index) of a method's pictures."""
     method = METHODS[name]
-    return [(w, h, i) for (w, h), n in zip(method.sizes, method.pictures) for i in range(n)]
+    return [(*size, i) for size in method.sizes for i in method.pictures[: 4 if size in method.few else None]]
 
 
 def paint_missing(out: Path, names, dtype) -> None:
@@ -162,27 +181,31 @@ def real_divergence(count: int = 8) -> float:
     return float(np.mean([window_divergence(picture, WINDOW * CELL) for picture in pictures]))
 
 
-def seams(pictures: list[np.ndarray], axis: int, moved: int = 0) -> list[float]:
-    """Seam ratios at the borders of the minimum cover, or, as a check, at positions `moved` pixels from them."""
-    ratios = []
+def seams(pictures: list[np.ndarray], axis: int, moved: int = 0) -> tuple[list[float], list[float]]:
+    """Seam ratios, and weights: at the borders of the minimum cover, or, as a check, `moved` pixels from them."""
+    ratios, weights = [], []
     for picture in pictures:
         borders = window_borders(picture.shape[axis], WINDOW * CELL) + moved
         borders = borders[borders < picture.shape[axis] - 2 * CELL]
         if len(borders):
             ratios.append(seam_ratio(picture, borders, axis))
-    return ratios
+            weights.append(1 / seam_scatter(picture, borders, axis))
+    return ratios, weights
 
 
-def row(out: Path, name: str, chosen, real: float) -> list[str]:
-    """The measures of a method on the chosen pictures, as cells of the table."""
+def seam_cell(ratios: list[float], weights: list[float] | None = None) -> str:
+    low, high = bootstrap(ratios, weights)
+    return f"{np.average(ratios, weights=weights):.2f} ({low:.2f} to {high:.2f})"
+
+
+def row(out: Path, name: str, base: str, chosen, real: float) -> list[str]:
+    """The measures of a method on the chosen pictures, as cells of the table; base: whose gradients are the unit."""
     window = WINDOW * CELL
     pictures = [load_picture(file_of(out, name, *p)) for p in chosen]
-    plain = [load_picture(file_of(out, "none", *p)) for p in chosen]
+    plain = [load_picture(file_of(out, base, *p)) for p in chosen]
     cells = [name, str(len(pictures)), f"{evaluation_ratio(name, chosen):.2f}"]
-    for axis in (1, 0):
-        ratios = seams(pictures, axis)
-        low, high = bootstrap(ratios)
-        cells.append(f"{np.mean(ratios):.2f} ({low:.2f} to {high:.2f})")
+    columns, rows = seams(pictures, 1), seams(pictures, 0)
+    cells += [seam_cell(columns[0]), seam_cell(rows[0]), seam_cell(columns[0] + rows[0], columns[1] + rows[1])]
     whole = [k for k, p in enumerate(pictures) if not (p.shape[0] % window or p.shape[1] % window)]
     gradient = [np.mean([window_gradient_energy(group[k], window) for k in whole]) for group in (pictures, plain)]
     edges = [edge_distance(p, axis, window) for p in pictures for axis in (0, 1) if p.shape[axis] > window]
@@ -197,6 +220,7 @@ HEAD = (
     "evaluations",
     "seam ratio, columns",
     "seam ratio, rows",
+    "both, weighted",
     "divergence / real",
     "gradient / native",
     "repetition",
@@ -207,33 +231,43 @@ HEAD = (
 def report(out: Path, dtype) -> str:
     """The tables, in Markdown."""
     real = real_divergence()
-    tables = [("All pictures", {name: pictures_of(name) for name in METHODS if METHODS[name].sizes == SIZES})]
-    for name in list(METHODS)[4:]:
-        if METHODS[name].sizes != FEWER or name == "moments":
-            shown = [other for other in METHODS if set(pictures_of(name)) <= set(pictures_of(other))]
-            tables.append((f"The pictures that {name} painted", dict.fromkeys(shown, pictures_of(name))))
+    tables = []
+    for title, name in (
+        ("Two seeds of each prompt (gradient: over that of shift)", "shift"),
+        ("One seed of each prompt", "none"),
+        ("Square and wide pictures", "moments"),
+        ("The pictures that MultiDiffusion painted at stride 1/8", "MultiDiffusion, stride 1/8"),
+        ("Scenes of two materials (gradient: over that of shift)", SCENE_METHODS[0]),
+    ):
+        shown = [other for other in METHODS if set(pictures_of(name)) <= set(pictures_of(other))]
+        tables.append((title, shown, pictures_of(name)))
     lines = [
         "# Bridges, measured",
         "",
         f"Embedded model, DDIM, {STEPS} steps, guidance {GUIDANCE}, network in {str(dtype).removeprefix('torch.')},",
-        f"{len(PROMPTS)} prompts, a seed for each, the same for every method. Native window 128 px, pictures of",
-        ", ".join(f"{w}x{h}" for w, h in SIZES) + " px.",
+        f"{len(MATERIALS)} prompts, a seed for each, the same for every method. Native window 128 px, pictures of",
+        ", ".join(f"{w}x{h}" for w, h in SIZES) + f" px; {len(SCENES)} prompts for the scenes.",
         "",
         "Made by `python bench/bridging.py`; measures are defined in `bench/quality.py`. Brackets: 95% of bootstrap",
-        "resamples over pictures. Evaluations: over those of minimum coverage. Divergence: over that of real ones",
+        "resamples over pictures. Weighted: by one over the scatter of each ratio, so that bricks and planks",
+        "count less. Evaluations: over those of minimum coverage. Divergence: over that of real pictures",
         f"({real:.3f}). Gradient: energy inside windows over that of the same noise in single native windows. Edges:",
         "difference of opposite outer edges over that of unrelated lines; far below 1 when glued.",
     ]
-    for title, methods in tables:
+    for title, methods, chosen in tables:
         lines += ["", f"## {title}", "", "| " + " | ".join(HEAD) + " |", "|" + "---|" * len(HEAD)]
-        lines += ["| " + " | ".join(row(out, name, chosen, real)) + " |" for name, chosen in methods.items()]
+        lines += ["| " + " | ".join(row(out, name, methods[0], chosen, real)) + " |" for name in methods]
     shift = [load_picture(file_of(out, "shift", *p)) for p in pictures_of("shift")]
-    elsewhere = [f"{np.mean(seams(shift, axis, moved)):.2f}" for moved in (-48, -32, 32, 48) for axis in (1, 0)]
     lines += [
         "",
-        "How far the ratio scatters where no window ever rests: the pictures of `shift`, the borders moved by",
+        "How far the ratio scatters where no window rests: `shift`, all its pictures, with the borders moved.",
+        "",
     ]
-    lines += ["-48, -32, 32 and 48 px, columns and rows in turn: " + ", ".join(elsewhere) + "."]
+    lines += ["| moved by | columns | rows | both, weighted |", "|---|---|---|---|"]
+    for moved in (0, -56, -40, -24, 24, 40, 56):
+        columns, rows = seams(shift, 1, moved), seams(shift, 0, moved)
+        cells = seam_cell(columns[0]), seam_cell(rows[0]), seam_cell(columns[0] + rows[0], columns[1] + rows[1])
+        lines.append(f"| {moved} px | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -275,6 +309,8 @@ def main(arguments: list[str] | None = None) -> int:
         sheet(options.out, SIZES[1], wide, shown, options.sheets / "bridging-wide.jpg")
         square = ["purple nebula", "red desert sand", "snow", "red brick wall"]
         sheet(options.out, SIZES[0], square, ["none", "economy", "shift"], options.sheets / "bridging-square.jpg")
+        chosen = [SCENES[i] for i in (0, 4, 5, 6)]
+        sheet(options.out, SCENE_SIZES[0], chosen, SCENE_METHODS, options.sheets / "bridging-scenes.jpg")
     return 0
 
 

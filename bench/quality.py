@@ -70,6 +70,16 @@ def seam_ratio(picture: np.ndarray, borders: Sequence[int], axis: int, cell: int
     return float(across[np.asarray(borders)].mean() / across[controls].mean())
 
 
+def seam_scatter(picture: np.ndarray, borders: Sequence[int], axis: int, cell: int = CELL) -> float:
+    """Standard deviation that the seam ratio would have without a seam, from the spread of the control positions.
+
+    Large for bricks and planks, small for grass: its inverse is a weight for a mean over pictures.
+    """
+    controls = control_positions(picture.shape[axis], borders, cell)
+    across = steps_across(picture, axis)[controls]
+    return float(across.std(ddof=1) / across.mean() * np.sqrt(1 / len(borders) + 1 / len(controls)))
+
+
 def seam_profile(picture: np.ndarray, borders: Sequence[int], axis: int, window: int, cell: int = CELL) -> np.ndarray:
     """The difference at every distance (in cells, -window/2 to window/2) from the borders, over the mean of all.
 
@@ -176,12 +186,16 @@ def edge_distance(picture: np.ndarray, axis: int, window: int) -> float:
     return float(np.abs(lines[0] - lines[-1]).mean() / np.mean(inner))
 
 
-def bootstrap(values: Sequence[float], confidence: float = 0.95, draws: int = 2000) -> tuple[float, float]:
-    """Percentile interval of the mean under resampling of pictures."""
+def bootstrap(
+    values: Sequence[float], weights: Sequence[float] | None = None, confidence: float = 0.95, draws: int = 2000
+) -> tuple[float, float]:
+    """Percentile interval of the (weighted) mean under resampling of pictures."""
     values = np.asarray(values, dtype=float)
+    weights = np.ones_like(values) if weights is None else np.asarray(weights, dtype=float)
     picks = np.random.default_rng(0).integers(0, len(values), (draws, len(values)))
+    means = (values * weights)[picks].sum(1) / weights[picks].sum(1)
     tail = 50 * (1 - confidence)
-    low, high = np.percentile(values[picks].mean(1), [tail, 100 - tail])
+    low, high = np.percentile(means, [tail, 100 - tail])
     return float(low), float(high)
 
 

@@ -87,6 +87,14 @@ def test_photographs_put_side_by_side_have_seams():
     assert quality.seam_ratio(np.concatenate([left, right], axis=1), [128], 1) > 2
 
 
+def test_scatter_is_how_far_ratios_without_a_seam_spread():
+    pictures = [clouds(i) for i in range(40)]
+    ratios = [quality.seam_ratio(p, [128], 1) for p in pictures]
+    assert np.std(ratios) == pytest.approx(np.mean([quality.seam_scatter(p, [128], 1) for p in pictures]), rel=0.25)
+    brick, grass = (quality.seam_scatter(photograph(name), [128, 256, 384], 0) for name in ("brick", "grass"))
+    assert brick > 5 * grass
+
+
 def test_decoder_grid_cancels():
     picture = clouds(0)
     picture[:, ::8] += 0.2
@@ -151,6 +159,10 @@ def test_bootstrap_brackets_the_mean():
     assert low < values.mean() < high
     assert high - low == pytest.approx(2 * 1.96 * values.std() / np.sqrt(40), rel=0.15)
     assert quality.bootstrap(values) == (low, high)
+    weights = np.r_[np.ones(20), np.zeros(20)]
+    low, high = quality.bootstrap(values, weights)
+    assert low < values[:20].mean() < high
+    assert quality.bootstrap(np.r_[np.ones(20), np.full(20, 9.0)], weights) == (1, 1)
 
 
 @pytest.mark.parametrize(
