@@ -248,8 +248,8 @@ DRAWINGS = {
 """Material to the function that draws it."""
 
 
-def render(material: str, index: int, seed: int = 0) -> Render:
-    """The `index`-th picture of a material; the same for the same three arguments.
+def render(material: str, index: int, seed: int = 0, *, look: Look | None = None) -> Render:
+    """The `index`-th picture of a material, in a given or a random look; the same for the same arguments.
 
     Raises:
         ValueError: for an unknown material.
@@ -258,7 +258,8 @@ def render(material: str, index: int, seed: int = 0) -> Render:
         raise ValueError(f"material: expected one of {', '.join(MATERIALS)}, got {material!r}")
     rng = np.random.default_rng([seed, MATERIALS.index(material), index])
     weights = np.array([look.weight for look in LOOKS[material]])
-    look = LOOKS[material][rng.choice(len(weights), p=weights / weights.sum())]
+    drawn = LOOKS[material][rng.choice(len(weights), p=weights / weights.sum())]
+    look = look or drawn
     return Render(to_uint8(DRAWINGS[material](rng, look)), material, look)
 
 
