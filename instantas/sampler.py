@@ -102,7 +102,7 @@ def sample(
     """
     batch = _window_batch_size(window_batch_size)
     bridging = bridge(bridging)
-    _check_run(denoiser, latents, plan, scheduler, guidance_rescale, generator)
+    _check_run(denoiser, latents, plan, guidance_rescale, generator)
     set_timesteps(scheduler, num_inference_steps, timesteps, latents.device)
     stages = _stages(bridging, plan, len(scheduler.timesteps), weight, latents.device)
     known = _levels(scheduler, stages)
@@ -145,6 +145,9 @@ def sample(
 
 def set_timesteps(scheduler, num_inference_steps, timesteps, device) -> None:
     """Set a number of steps or a list of timesteps on the scheduler; neither: keep those that it has."""
+    for method in ("set_timesteps", "step"):
+        if not callable(getattr(scheduler, method, None)):
+            raise TypeError(f"scheduler: expected a diffusers scheduler, got {type(scheduler).__name__}")
     if num_inference_steps is not None and timesteps is not None:
         raise ValueError("timesteps: expected either timesteps or num_inference_steps, got both")
     if timesteps is not None:
@@ -363,12 +366,9 @@ def _window_batch_size(value):
     return int(value)
 
 
-def _check_run(denoiser, latents, plan, scheduler, guidance_rescale, generator):
+def _check_run(denoiser, latents, plan, guidance_rescale, generator):
     if not callable(denoiser):
         raise TypeError(f"denoiser: expected a function, got {type(denoiser).__name__}")
-    for method in ("set_timesteps", "step"):
-        if not callable(getattr(scheduler, method, None)):
-            raise TypeError(f"scheduler: expected a diffusers scheduler, got {type(scheduler).__name__}")
     ops.gather_windows(latents[:0] if isinstance(latents, torch.Tensor) and latents.dim() else latents, plan)
     if isinstance(generator, list) and len(generator) != len(latents):
         raise ValueError(f"generator: expected one for each of {len(latents)} pictures, got {len(generator)}")

@@ -1,0 +1,183 @@
+"""What a diffusers UNet is told beside the noisy windows: prompts, SDXL's sizes and crops, a ControlNet's images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+import torch.nn.functional as F
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Embedded prompts of the pictures.
+
+    Attributes:
+        embeds, negative: (pictures, L, D); negative None: no guidance.
+        pooled, negative_pooled: (pictures, E), of SDXL's second text encoder; None for others.
+    """
+
+    embeds: torch.Tensor
+    negative: torch.Tensor | None = None
+    pooled: torch.Tensor | None = None
+    negative_pooled: torch.Tensor | None = None
+
+    def to(self, dtype: torch.dtype) -> Prompts:
+        return Prompts(*(t if t is None else t.to(dtype) for t in (getattr(self, f.name) for f in fields(self))))
+
+
+def is_xl(pipe) -> bool:
+    """Whether the UNet takes SDXL's pooled embeddings and time ids."""
+    return pipe.unet.config.addition_embed_type == "text_time"
+
+
+def embed(pipe, texts: dict, *, copies: int, guided: bool, lora_scale=None, clip_skip=None) -> Prompts:
+    """Embed prompts by the pipeline's `encode_prompt`, `copies` pictures of each.
+
+    Args:
+        texts: prompt, negative_prompt, prompt_embeds and the like by name; those that are None are left out.
+    """
+    if not is_xl(pipe) and (unfit := [n for n, v in texts.items() if v is not None and ("_2" in n or "pooled" in n)]):
+        raise ValueError(f"{unfit[0]}: expected None, as the model has one text encoder and no pooled embeddings")
+    prompt, negative = texts.get("prompt"), texts.get("negative_prompt")
+    if isinstance(prompt, list) and isinstance(negative, str):
+        texts = texts | {"negative_prompt": [negative] * len(prompt)}
+    given = {"prompt": None} | {name: value for name, value in texts.items() if value is not None}
+    embeds, negative, *pooled = pipe.encode_prompt(
+        **given,
+        device=pipe._execution_device,
+        num_images_per_prompt=copies,
+        do_classifier_free_guidance=guided,
+        lora_scale=lora_scale,
+        clip_skip=clip_skip,
+    )
+    if not guided:
+        return Prompts(embeds, None, *pooled[:1]).to(pipe.unet.dtype)
+    return Prompts(embeds, negative, *pooled).to(pipe.unet.dtype)
+
+
+def check_texts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds) -> None:
+    """Refuse prompts that do not go together.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
+    for name, text, embeds in (
+        ("prompt", prompt, prompt_embeds),
+        ("negative_prompt", negative_prompt, negative_prompt_embeds),
+    ):
+        if text is not None and embeds is not None:
+            raise ValueError(f"{name}: expected either {name} or {name}_embeds, got both")
+        if isinstance(text, list) and not (text and all(isinstance(t, str) for t in text)):
+            raise TypeError(f"{name}: expected a string or a list of strings, got {text!r}")
+        if text is not None and not isinstance(text, (str, list)):
+            raise TypeError(f"{name}: expected a string or a list of strings, got {type(text).__name__}")
+        if embeds is not None and not (isinstance(embeds, torch.Tensor) and embeds.dim() == 3):
+            raise TypeError(f"{name}_embeds: expected a tensor (prompts, L, D), got {embeds!r:.80}")
+    if prompt is None and prompt_embeds is None:
+        raise ValueError("prompt: expected a prompt or prompt_embeds, got neither")
+    if isinstance(negative_prompt, list):
+        count = len(prompt_embeds) if prompt is None else len(prompt) if isinstance(prompt, list) else 1
+        if len(negative_prompt) != count:
+            raise ValueError(f"negative_prompt: expected one for each of {count} prompts, got {len(negative_prompt)}")
+    if prompt_embeds is not None and negative_prompt_embeds is not None:
+        if prompt_embeds.shape != negative_prompt_embeds.shape:
+            raise ValueError(
+                f"negative_prompt_embeds: expected {tuple(prompt_embeds.shape)} like prompt_embeds, got "
+                f"{tuple(negative_prompt_embeds.shape)}"
+            )
+
+
+@dataclass(frozen=True)
+class MicroConditions:
+    """SDXL's size and crop conditions in pixels, (height, width) or (top, left).
+
+    Attributes:
+        canvas: size of the whole picture. A window has it as its original size, its own place as crop and its own size
+            as target: it is a crop of a larger picture, as SDXL was trained on.
+        original_size, target_size: in place of those.
+        crop: added to the place of each window.
+        negative: the same for the unconditional branch; None: no other ones.
+    """
+
+    canvas: tuple[int, int]
+    original_size: tuple[int, int] | None = None
+    target_size: tuple[int, int] | None = None
+    crop: tuple[int, int] = (0, 0)
+    negative: MicroConditions | None = None
+
+    def ids(self, context, cell: int) -> torch.Tensor:
+        """(m, 6) int64: original size, crop and target size of each window of a `sampler.StepContext`."""
+        # padding to whole cells is no part of the picture
+        window = [min(side * cell, whole) for side, whole in zip(context.plan.window, self.canvas)]
+        original, places = self.canvas, torch.from_numpy(context.plan.origins.copy())[context.rows[:, 1]] * cell
+        if context.view is not None:  # each window sees the whole picture, in strides
+            original, places = window, torch.zeros_like(places)
+        original, target = (
+            torch.tensor(list(size)).expand(len(places), 2)
+            for size in (self.original_size or original, self.target_size or window)
+        )
+        return torch.cat([original, places + torch.tensor(self.crop), target], dim=1)
+
+
+@dataclass(frozen=True)
+class Control:
+    """What a ControlNet is given.
+
+    Attributes:
+        images: one (pictures, 3, height, width) for each network, as large as the canvas.
+        scales: one for each network.
+        spans: (start, end) for each network, the part of the steps in which it has a say.
+        guess_mode: the network is evaluated for the conditional branch alone.
+    """
+
+    images: Sequence[torch.Tensor]
+    scales: Sequence[float]
+    spans: Sequence[tuple[float, float]]
+    guess_mode: bool = False
+
+
+def control(
+    pipe, image, size, canvas, *, pictures: int, copies: int, scale=1.0, start=0.0, end=1.0, guess_mode=False
+) -> Control | None:
+    """The control of a pipeline with a ControlNet; None for one without.
+
+    Args:
+        image: as diffusers takes it, for several networks a list; resized to the picture.
+        size, canvas: (height, width) in pixels of the picture, and of the whole cells that hold it.
+        scale, start, end: floats, or lists with one for each network.
+    """
+    net = getattr(pipe, "controlnet", None)
+    if (net is None) != (image is None):
+        wanted = "None, as the pipeline has no ControlNet" if net is None else "one for the pipeline's ControlNet"
+        raise ValueError(f"image: expected {wanted}, got {type(image).__name__}")
+    if net is None:
+        return None
+    nets = list(getattr(net, "nets", [net]))
+    images = image if hasattr(net, "nets") else [image]
+    listed = [v if isinstance(v, (list, tuple)) else [v] * len(nets) for v in (scale, start, end)]
+    names = ("image", "controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end")
+    for name, values in zip(names, (images, *listed)):
+        if not isinstance(values, (list, tuple)) or len(values) != len(nets):
+            raise ValueError(f"{name}: expected one for each of {len(nets)} ControlNets, got {values!r:.80}")
+    for first, last in zip(*listed[1:]):
+        if not 0 <= first < last <= 1:
+            raise ValueError(f"control_guidance_start: expected 0 <= start < end <= 1, got {first} and {last}")
+    prepared = []
+    for given in images:
+        tensor = pipe.prepare_image(
+            image=given,
+            width=canvas[1],
+            height=canvas[0],
+            batch_size=pictures,
+            num_images_per_prompt=copies,
+            device=pipe._execution_device,
+            dtype=nets[0].dtype,
+        )
+        if tuple(size) != tuple(canvas):  # the picture's own pixels, and its edge continued over the padding
+            tensor = F.interpolate(tensor, tuple(size), mode="bilinear")
+            tensor = F.pad(tensor, (0, canvas[1] - size[1], 0, canvas[0] - size[0]), mode="replicate")
+        prepared.append(tensor)
+    guess_mode = guess_mode or nets[0].config.global_pool_conditions
+    return Control(prepared, listed[0], list(zip(*listed[1:])), guess_mode)
