@@ -136,6 +136,12 @@ class RegionalPrompts:
         sample, embeddings = call["sample"], call["encoder_hidden_states"]
         if call.get("encoder_attention_mask") is not None:
             raise ValueError("encoder_attention_mask: expected None with regional prompts, got a mask")
+        for attn, processor in self.processors.items():
+            if attn.processor is not processor:
+                raise ValueError(
+                    "model: expected the regional processors as they were installed, got a "
+                    f"{type(attn.processor).__name__} that was set since"
+                )
         if self._pictures is None:
             if len(embeddings) != len(sample):
                 raise ValueError(f"encoder_hidden_states: expected {len(sample)} prompts, got {len(embeddings)}")
@@ -281,7 +287,7 @@ def regional_prompts(
     """
     if pipe is None and hasattr(model, "unet"):
         pipe = model
-    network = model.unet if pipe is model else model
+    network = getattr(model, "unet", model)
     if mode not in ("blend", "joint"):
         raise ValueError(f"mode: expected 'blend' or 'joint', got {mode!r}")
     check_blend(base_weight, semantic_schedule)
