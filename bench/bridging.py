@@ -1,6 +1,6 @@
-"""Every bridge and the baselines on the embedded model: pictures, and the table of their measures.
+"""Every bridge and the baselines on the embedded model: paints the pictures, then reports their measures.
 
-    python bench/bridging.py --out out/bridging                   # paints what is missing, about 30 minutes of one core
+    python bench/bridging.py --out out/bridging                   # paints what is missing, about an hour of one core
     python bench/bridging.py --out out/bridging --table bench/results/bridging.md --sheets docs/pictures
 
 DDIM, 50 steps, guidance 2.5; the same seeds for every method. A picture that is in the folder is not painted again.
@@ -9,12 +9,31 @@ DDIM, 50 steps, guidance 2.5; the same seeds for every method. A picture that is
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
+import textwrap
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
+from bridging_pictures import (
+    BOXES,
+    CELL,
+    GUIDANCE,
+    MATERIALS,
+    METHODS,
+    PROMPTS,
+    QUARTERS,
+    SCENE_SIZES,
+    SCENES,
+    SIZES,
+    STEPS,
+    WINDOW,
+    evaluation_ratio,
+    file_of,
+    paint_missing,
+    pictures_of,
+)
 from PIL import Image
 from quality import (
     bootstrap,
@@ -28,190 +47,98 @@ from quality import (
     window_gradient_energy,
 )
 
-from instantas import bridging, demo
+from instantas import demo
 from instantas.files import whole_file
-from instantas.sampler import sample
-from instantas.windows import WindowPlan
 
-WINDOW, CELL = 16, 8  # native window in cells, pixels of a cell
-STEPS, GUIDANCE = 50, 2.5
-MATERIALS = [prompt for prompt in demo.PROMPTS if " next to " not in prompt]
-SCENES = [
-    "grass next to gravel",
-    "sand next to water",
-    "brick next to lava",
-    "clouds next to purple nebula",
-    "wood next to leaves",
-    "snow next to gravel",
-    "white marble next to grass",
-    "stars next to water",
-]
-PROMPTS = MATERIALS + SCENES  # picture i has prompt i modulo their number, and seed i
-SIZES = ((256, 256), (512, 128), (128, 512), (320, 208))  # width, height; the last is no multiple of the window
-FEWER = SIZES[:2]
-SCENE_SIZES = ((256, 256), (384, 384))
-BATCH = 16  # windows in one network call
+SIDE = WINDOW * CELL  # of a native window, in pixels
+CORNER = 2 * CELL  # how far from a border of the other axis a corner reaches
 
 
-class Method(NamedTuple):
-    """bridge: of minimum coverage, or stride: of overlapping windows; few: sizes of which four pictures must do."""
+class Seams:
+    """Seam ratios of a group of pictures, at most one a picture and axis, with their weights."""
 
-    bridge: str = "none"
-    stride: int | None = None
-    sizes: tuple = SIZES
-    few: tuple = ()
-    pictures: tuple = tuple(range(len(MATERIALS)))
+    def __init__(self):
+        self.ratios, self.weights = [], []
 
+    def add(self, picture: np.ndarray, axis: int, moved: int = 0, parts=None) -> None:
+        """The ratio of one picture: at its windows' borders or `moved` pixels from them.
 
-TWICE = tuple(i + seed for seed in (0, len(PROMPTS)) for i in range(len(MATERIALS)))
-PAIRS = tuple(range(len(MATERIALS), len(PROMPTS)))
-METHODS = {
-    "none": Method(),
-    "shift": Method("shift", pictures=TWICE),
-    "economy": Method("economy", pictures=TWICE),
-    "centred": Method("centred"),
-    "moments": Method("moments", sizes=FEWER),
-    "shift+moments": Method("shift+moments", sizes=FEWER),
-    "MultiDiffusion, stride 1/2": Method(stride=WINDOW // 2, sizes=FEWER),
-    "MultiDiffusion, stride 1/8": Method(stride=WINDOW // 8, sizes=SIZES[:3], few=SIZES[:1]),
-    "scenes, shift": Method("shift", sizes=SCENE_SIZES, pictures=PAIRS),
-    "scenes, shift+dilated": Method("shift+dilated", sizes=SCENE_SIZES, pictures=PAIRS),
-}
-SCENE_METHODS = [name for name in METHODS if name.startswith("scenes")]
+        parts: (left, top, right, bottom) of the parts that are measured each for itself, with its own control
+        positions, and then averaged; None: the whole picture. Where no border is there is no ratio.
+        """
+        borders = window_borders(picture.shape[axis], SIDE) + moved
+        ratios, scatters = [], []
+        for left, top, right, bottom in parts or [(0, 0, picture.shape[1], picture.shape[0])]:
+            start, end = ((top, bottom), (left, right))[axis]
+            inside = borders[(borders >= start + 2 * CELL) & (borders < end - 2 * CELL)] - start
+            if len(inside):
+                part = picture[top:bottom, left:right]
+                ratios.append(seam_ratio(part, inside, axis))
+                scatters.append(seam_scatter(part, inside, axis))
+        if ratios:
+            self.ratios.append(float(np.mean(ratios)))
+            self.weights.append(len(ratios) / float(np.linalg.norm(scatters)))
 
+    def plain(self) -> str:
+        return _interval(self.ratios)
 
-class Model:
-    """The embedded model: a denoiser of windows for a list of prompts, and the decoder."""
-
-    def __init__(self, dtype: torch.dtype):
-        from diffusers import StableDiffusionPipeline
-
-        pipe = StableDiffusionPipeline.from_pretrained(demo.folder(), safety_checker=None)
-        self.scheduler, self.vae = pipe.scheduler, pipe.vae
-        self.unet, self.dtype = pipe.unet.to(dtype), dtype
-        self.prompts, self.empty = (
-            torch.cat([self._encode(pipe, prompt) for prompt in prompts]).to(dtype) for prompts in (PROMPTS, [""])
-        )
-
-    @staticmethod
-    @torch.no_grad()
-    def _encode(pipe, prompt):
-        length = pipe.tokenizer.model_max_length
-        ids = pipe.tokenizer(prompt, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-        return pipe.text_encoder(ids.input_ids)[0]
-
-    @torch.no_grad()
-    def paint(self, chosen: list[int], width: int, height: int, method: Method) -> np.ndarray:
-        """(n, height, width, 3) uint8, the chosen pictures."""
-        rows, columns = -(-height // CELL), -(-width // CELL)
-        if method.stride:
-            plan = WindowPlan.strided(rows, columns, WINDOW, method.stride)
-        else:
-            plan = WindowPlan.minimum_coverage(rows, columns, WINDOW)
-        noise = [torch.randn(1, 4, rows, columns, generator=torch.Generator().manual_seed(i)) for i in chosen]
-        prompts = self.prompts[[i % len(PROMPTS) for i in chosen]]
-
-        def denoiser(windows, timestep, context):
-            n, windows = len(windows), windows.to(self.dtype)
-            text = torch.cat([prompts[context.rows[:, 0]], self.empty.expand(n, -1, -1)])
-            return self.unet(torch.cat([windows, windows]), timestep, text).sample.float().split(n)
-
-        latents = sample(
-            denoiser,
-            torch.cat(noise),
-            plan,
-            self.scheduler,
-            num_inference_steps=STEPS,
-            guidance_scale=GUIDANCE,
-            window_batch_size=BATCH,
-            bridging=method.bridge,
-        )
-        images = self.vae.decode(latents / self.vae.config.scaling_factor).sample
-        images = ((images.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1)
-        return images.numpy()[:, :height, :width]
+    def weighted(self) -> str:
+        return _interval(self.ratios, self.weights)
 
 
-def file_of(out: Path, name: str, width: int, height: int, i: int) -> Path:
-    folder = name.replace("MultiDiffusion, stride 1/", "stride-").replace(", ", "-").replace("+", "-")
-    return out / folder / f"{width}x{height}-{i:02d}-{PROMPTS[i % len(PROMPTS)].replace(' ', '-')}.png"
+def _interval(values, weights=None, digits=2) -> str:
+    if not len(values):
+        return "-"
+    low, high = bootstrap(values, weights)
+    return f"{np.average(values, weights=weights):.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
-def pictures_of(name: str):
-    """(width, height, index) of a method's pictures."""
-    method = METHODS[name]
-    return [(*size, i) for size in method.sizes for i in method.pictures[: 4 if size in method.few else None]]
+def corners(picture: np.ndarray, axis: int) -> list[tuple[int, int, int, int]]:
+    """The bands across the picture in which windows meet four by four: parts for `Seams.add`."""
+    height, width = picture.shape[:2]
+    bands = []
+    for border in window_borders(picture.shape[1 - axis], SIDE):
+        near, far = border - CORNER, border + CORNER
+        bands.append((0, near, width, far) if axis == 1 else (near, 0, far, height))
+    return bands
 
 
-def paint_missing(out: Path, names, dtype) -> None:
-    missing = {name: [p for p in pictures_of(name) if not file_of(out, name, *p).exists()] for name in names}
-    if not any(missing.values()):
-        return
-    model = Model(dtype)
-    for name, wanted in missing.items():
-        for width, height in METHODS[name].sizes:
-            chosen = [i for w, h, i in wanted if (w, h) == (width, height)]
-            for part in (chosen[i : i + 4] for i in range(0, len(chosen), 4)):
-                for i, image in zip(part, model.paint(part, width, height, METHODS[name])):
-                    path = file_of(out, name, width, height, i)
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    with whole_file(path) as temporary:
-                        Image.fromarray(image).save(temporary)
-                print(name, width, height, part, flush=True)
+def seams(pictures, moved: int = 0, parts=None) -> tuple[Seams, Seams, Seams]:
+    """Of the columns, of the rows, of both. parts: function of (picture, axis)."""
+    columns, rows, both = Seams(), Seams(), Seams()
+    for picture in pictures:
+        for axis, one in ((1, columns), (0, rows)):
+            chosen = None if parts is None else parts(picture, axis)
+            if chosen != []:
+                one.add(picture, axis, moved, chosen)
+    both.ratios, both.weights = columns.ratios + rows.ratios, columns.weights + rows.weights
+    return columns, rows, both
 
 
-def evaluation_ratio(name: str, pictures) -> float:
-    """Windows evaluated over those of minimum coverage without re-use, for these pictures together."""
-    method, spent, least = METHODS[name], 0, 0
-    for width, height, _ in pictures:
-        cells = -(-height // CELL), -(-width // CELL)
-        plan = WindowPlan.minimum_coverage(*cells, WINDOW)
-        least += STEPS * plan.count
-        if method.stride:
-            spent += STEPS * WindowPlan.strided(*cells, WINDOW, method.stride).count
-        else:
-            spent += bridging.evaluations(method.bridge, plan, STEPS)
-    return spent / least
+def quarters(picture: np.ndarray, axis: int):
+    return BOXES[picture.shape[1], picture.shape[0]]
 
 
+@functools.cache
 def real_divergence(count: int = 8) -> float:
     """Divergence of the training pictures, 256 x 256 px of each: 2 x 2 windows."""
     from instantas.demo.materials import render
 
     pictures = [render(material, i).image[:256, :256] / 255 for material in demo.MATERIALS for i in range(count)]
-    return float(np.mean([window_divergence(picture, WINDOW * CELL) for picture in pictures]))
+    return float(np.mean([window_divergence(picture, SIDE) for picture in pictures]))
 
 
-def seams(pictures: list[np.ndarray], axis: int, moved: int = 0) -> tuple[list[float], list[float]]:
-    """Seam ratios, and weights: at the borders of the minimum cover, or, as a check, `moved` pixels from them."""
-    ratios, weights = [], []
-    for picture in pictures:
-        borders = window_borders(picture.shape[axis], WINDOW * CELL) + moved
-        borders = borders[borders < picture.shape[axis] - 2 * CELL]
-        if len(borders):
-            ratios.append(seam_ratio(picture, borders, axis))
-            weights.append(1 / seam_scatter(picture, borders, axis))
-    return ratios, weights
+def load(out: Path, name: str, chosen) -> list[np.ndarray]:
+    return [load_picture(file_of(out, name, *picture)) for picture in chosen]
 
 
-def seam_cell(ratios: list[float], weights: list[float] | None = None) -> str:
-    low, high = bootstrap(ratios, weights)
-    return f"{np.average(ratios, weights=weights):.2f} ({low:.2f} to {high:.2f})"
+def is_whole(picture: np.ndarray) -> bool:
+    """Whether the windows do not overlap: those are compared for detail."""
+    return not (picture.shape[0] % SIDE or picture.shape[1] % SIDE)
 
 
-def row(out: Path, name: str, base: str, chosen, real: float) -> list[str]:
-    """The measures of a method on the chosen pictures, as cells of the table; base: whose gradients are the unit."""
-    window = WINDOW * CELL
-    pictures = [load_picture(file_of(out, name, *p)) for p in chosen]
-    plain = [load_picture(file_of(out, base, *p)) for p in chosen]
-    cells = [name, str(len(pictures)), f"{evaluation_ratio(name, chosen):.2f}"]
-    columns, rows = seams(pictures, 1), seams(pictures, 0)
-    cells += [seam_cell(columns[0]), seam_cell(rows[0]), seam_cell(columns[0] + rows[0], columns[1] + rows[1])]
-    whole = [k for k, p in enumerate(pictures) if not (p.shape[0] % window or p.shape[1] % window)]
-    gradient = [np.mean([window_gradient_energy(group[k], window) for k in whole]) for group in (pictures, plain)]
-    edges = [edge_distance(p, axis, window) for p in pictures for axis in (0, 1) if p.shape[axis] > window]
-    divergence = np.mean([window_divergence(p, window) for p in pictures])
-    cells += [f"{divergence / real:.3f}", f"{gradient[0] / gradient[1]:.3f}"]
-    return [*cells, f"{np.mean([repetition(p, window) for p in pictures]):.3f}", f"{np.mean(edges):.2f}"]
+def edges(picture: np.ndarray) -> float:
+    return float(np.mean([edge_distance(picture, a, SIDE) for a in (0, 1) if picture.shape[a] > SIDE]))
 
 
 HEAD = (
@@ -228,59 +155,165 @@ HEAD = (
 )
 
 
+def row(out: Path, name: str, base: str, chosen) -> list[str]:
+    """The measures of a method on the chosen pictures, as cells of the table; base: whose gradients are the unit."""
+    pictures, plain = load(out, name, chosen), load(out, base, chosen)
+    columns, rows, both = seams(pictures, parts=quarters if METHODS[name].regions else None)
+    gradient = [np.mean([window_gradient_energy(p, SIDE) for p in group if is_whole(p)]) for group in (pictures, plain)]
+    divergence = np.mean([window_divergence(p, SIDE) for p in pictures]) / real_divergence()
+    return [
+        name,
+        str(len(pictures)),
+        f"{evaluation_ratio(name, chosen):.2f}",
+        columns.plain(),
+        rows.plain(),
+        both.weighted(),
+        f"{divergence:.3f}",
+        f"{gradient[0] / gradient[1]:.3f}",
+        f"{np.mean([repetition(p, SIDE) for p in pictures]):.3f}",
+        f"{np.mean([edges(p) for p in pictures]):.2f}",
+    ]
+
+
+def differences(out: Path, name: str, other: str) -> list[str]:
+    """Mean difference of two methods' measures over the pictures that both have: the same noise, so less scatter."""
+    chosen = [p for p in pictures_of(name) if p in set(pictures_of(other))]
+    first, second = load(out, name, chosen), load(out, other, chosen)
+    cells = [f"{name} - {other}", str(len(chosen))]
+    for a, b in zip(seams(first)[:2], seams(second)[:2]):
+        cells.append(_interval(np.subtract(a.ratios, b.ratios), digits=3))
+    a, b = (seams(group)[2] for group in (first, second))
+    cells.append(_interval(np.subtract(a.ratios, b.ratios), np.add(a.weights, b.weights), digits=3))
+    for measure, unit in ((window_divergence, real_divergence()), (repetition, 1)):
+        pairs = [(measure(a, SIDE) - measure(b, SIDE)) / unit for a, b in zip(first, second)]
+        cells.append(_interval(pairs, digits=3))
+    return cells
+
+
+def by_size(out: Path, name: str) -> list[list[str]]:
+    lines = []
+    for width, height in METHODS[name].sizes:
+        pictures = load(out, name, [p for p in pictures_of(name) if p[:2] == (width, height)])
+        columns, rows, both = seams(pictures)
+        meeting = seams(pictures, parts=corners)[2]
+        cells = columns.plain(), rows.plain(), both.weighted(), meeting.plain(), meeting.weighted()
+        lines.append([name, f"{width}x{height}", str(len(pictures)), *cells])
+    return lines
+
+
+def table(head, lines) -> list[str]:
+    return ["", *("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *lines))]
+
+
+def _sizes(sizes) -> str:
+    return ", ".join(f"{width}x{height}" for width, height in sizes)
+
+
+def group_of(name: str) -> str:
+    """ "larger", "regions", "scenes", or "" for the rest: only methods of one group are compared."""
+    first, comma, _ = name.partition(",")
+    return first if comma and not METHODS[name].stride else ""
+
+
 def report(out: Path, dtype) -> str:
     """The tables, in Markdown."""
-    real = real_divergence()
-    tables = []
-    for title, name in (
-        ("Two seeds of each prompt (gradient: over that of shift)", "shift"),
+    said = (
+        f"Embedded model, DDIM, {STEPS} steps, guidance {GUIDANCE}, network in {str(dtype).removeprefix('torch.')}, "
+        f"{len(MATERIALS)} prompts, the same seeds for every method. Native window {SIDE} px, pictures of "
+        f"{_sizes(SIZES)} px where nothing else is said. Scenes: {len(SCENES)} prompts, {_sizes(SCENE_SIZES)} px. "
+        f"Regions: {len(QUARTERS)} times four materials, {_sizes(BOXES)} px; seams are measured inside the regions, "
+        "each against control positions of its own.",
+        "Made by `python bench/bridging.py --table bench/results/bridging.md`; the measures are defined in "
+        "`bench/quality.py`. Brackets: 95% of bootstrap resamples over pictures. Weighted: by one over the scatter of "
+        "each ratio, so that bricks and planks count less. Evaluations: over those of minimum coverage. Divergence: "
+        f"over that of real pictures ({real_divergence():.3f}). Gradient: energy inside windows over that of the "
+        "table's first method; `none` is made of native single windows. Edges: difference of opposite outer edges over "
+        "that of unrelated lines; far below 1 when glued.",
+    )
+    lines = ["# Bridges, measured", *(line for text in said for line in ("", *textwrap.wrap(text, 120)))]
+    for title, first in (
+        ("Several seeds of each prompt", "shift"),
         ("One seed of each prompt", "none"),
         ("Square and wide pictures", "moments"),
         ("The pictures that MultiDiffusion painted at stride 1/8", "MultiDiffusion, stride 1/8"),
-        ("Scenes of two materials (gradient: over that of shift)", SCENE_METHODS[0]),
+        ("Larger pictures, 3 x 3 windows", "larger, none"),
+        ("Regions", "regions, none"),
+        ("Scenes of two materials", "scenes, shift"),
     ):
-        shown = [other for other in METHODS if set(pictures_of(name)) <= set(pictures_of(other))]
-        tables.append((title, shown, pictures_of(name)))
-    lines = [
-        "# Bridges, measured",
-        "",
-        f"Embedded model, DDIM, {STEPS} steps, guidance {GUIDANCE}, network in {str(dtype).removeprefix('torch.')},",
-        f"{len(MATERIALS)} prompts, a seed for each, the same for every method. Native window 128 px, pictures of",
-        ", ".join(f"{w}x{h}" for w, h in SIZES) + f" px; {len(SCENES)} prompts for the scenes.",
-        "",
-        "Made by `python bench/bridging.py`; measures are defined in `bench/quality.py`. Brackets: 95% of bootstrap",
-        "resamples over pictures. Weighted: by one over the scatter of each ratio, so that bricks and planks",
-        "count less. Evaluations: over those of minimum coverage. Divergence: over that of real pictures",
-        f"({real:.3f}). Gradient: energy inside windows over that of the same noise in single native windows. Edges:",
-        "difference of opposite outer edges over that of unrelated lines; far below 1 when glued.",
-    ]
-    for title, methods, chosen in tables:
-        lines += ["", f"## {title}", "", "| " + " | ".join(HEAD) + " |", "|" + "---|" * len(HEAD)]
-        lines += ["| " + " | ".join(row(out, name, methods[0], chosen, real)) + " |" for name in methods]
-    shift = [load_picture(file_of(out, "shift", *p)) for p in pictures_of("shift")]
-    lines += [
-        "",
-        "How far the ratio scatters where no window rests: `shift`, all its pictures, with the borders moved.",
-        "",
-    ]
-    lines += ["| moved by | columns | rows | both, weighted |", "|---|---|---|---|"]
-    for moved in (0, -56, -40, -24, 24, 40, 56):
-        columns, rows = seams(shift, 1, moved), seams(shift, 0, moved)
-        cells = seam_cell(columns[0]), seam_cell(rows[0]), seam_cell(columns[0] + rows[0], columns[1] + rows[1])
-        lines.append(f"| {moved} px | " + " | ".join(cells) + " |")
+        wanted = pictures_of(first)
+        shown = [n for n in METHODS if group_of(n) == group_of(first) and set(wanted) <= set(pictures_of(n))]
+        lines += ["", f"## {title}", *table(HEAD, [row(out, name, shown[0], wanted) for name in shown])]
+    lines += ["", "## Differences on the same noise"]
+    head = ("methods", "pictures", "columns", "rows", "both, weighted", "divergence / real", "repetition")
+    pairs = (
+        ("shift", "none"),
+        ("economy", "shift"),
+        ("shift", "MultiDiffusion, stride 1/8"),
+        ("economy", "MultiDiffusion, stride 1/8"),
+        ("shift+moments", "shift"),
+        ("scenes, shift+dilated", "scenes, shift"),
+    )
+    lines += table(head, [differences(out, *pair) for pair in pairs])
+    lines += ["", "## By size, and where windows meet four by four"]
+    head = ("method", "size", "pictures", "columns", "rows", "both, weighted", "corners", "corners, weighted")
+    names = ("none", "economy", "shift", "larger, none", "larger, economy", "larger, shift")
+    lines += table(head, [line for name in names for line in by_size(out, name)])
+    lines += ["", "## How far the ratio scatters where no window rests", "", "`shift`, the borders moved."]
+    shift, lines_moved = load(out, "shift", pictures_of("shift")), []
+    for moved in (0, *range(-56, -8, 8), *range(16, 64, 8)):
+        columns, rows, both = seams(shift, moved)
+        lines_moved.append([f"{moved} px", columns.plain(), rows.plain(), both.plain(), both.weighted()])
+    lines += table(("moved by", "columns", "rows", "both", "both, weighted"), lines_moved)
     return "\n".join(lines) + "\n"
 
 
-def sheet(out: Path, size: tuple[int, int], prompts: list[str], names, path: Path) -> None:
-    """Side by side: a row for each method, a column for each prompt."""
-    width, height = size
-    tiles = [[Image.open(file_of(out, n, width, height, PROMPTS.index(p))) for p in prompts] for n in names]
-    image = Image.new("RGB", (len(prompts) * (width + 4) - 4, len(names) * (height + 4) - 4), "white")
+GAP = 6  # pixels between the pictures of a sheet
+
+
+def sheet(lines: list[list[Path]], path: Path) -> None:
+    """Pictures of one size side by side; red ticks above them: where windows rest."""
+    tiles = [[Image.open(file) for file in line] for line in lines]
+    width, height = tiles[0][0].size
+    image = Image.new("RGB", (len(tiles[0]) * (width + GAP) - GAP, len(tiles) * (height + GAP)), "white")
     for y, line in enumerate(tiles):
         for x, tile in enumerate(line):
-            image.paste(tile, (x * (width + 4), y * (height + 4)))
+            left, top = x * (width + GAP), y * (height + GAP)
+            image.paste(tile, (left, top + GAP))
+            for border in window_borders(width, SIDE):
+                image.paste("red", (left + border - 1, top + 1, left + border + 1, top + GAP - 1))
     with whole_file(path) as temporary:
-        image.save(temporary, quality=88)
+        image.save(temporary, quality=85)
+
+
+def worst(out: Path, name: str, size: tuple[int, int], count: int = 4) -> list[Path]:
+    """The pictures whose seam ratio is farthest above 1, in units of its scatter, worst first."""
+    scores = {}
+    for picture in (p for p in pictures_of(name) if p[:2] == size):
+        both = seams(load(out, name, [picture]))[2]
+        scores[picture] = max((ratio - 1) * weight for ratio, weight in zip(both.ratios, both.weights))
+    return [file_of(out, name, *p) for p in sorted(scores, key=scores.get, reverse=True)[:count]]
+
+
+def sheets(out: Path, folder: Path) -> None:
+    """The side-by-side pictures of `docs/bridging.md`."""
+
+    def lines(names, size, chosen):
+        return [[file_of(out, name, *size, i) for i in chosen] for name in names]
+
+    def of(*prompts):
+        return [PROMPTS.index(prompt) for prompt in prompts]
+
+    strided = [name for name in METHODS if METHODS[name].stride]
+    every = ["none", "moments", "centred", "economy", "shift", "shift+moments", *strided]
+    wide = of("red brick wall", "sunset clouds", "dark wooden planks")
+    sheet(lines(every, SIZES[1], wide), folder / "bridging-wide.jpg")
+    square = of("purple nebula", "red desert sand", "snow", "red brick wall")
+    sheet(lines(["none", "economy", "shift"], SIZES[0], square), folder / "bridging-square.jpg")
+    scenes = [name for name in METHODS if group_of(name) == "scenes"]
+    sheet(lines(scenes, SCENE_SIZES[0], of(*(SCENES[i] for i in (0, 4, 5, 6)))), folder / "bridging-scenes.jpg")
+    regions = [name for name in METHODS if group_of(name) == "regions"]
+    sheet(lines(regions, SIZES[0], range(4)), folder / "bridging-regions.jpg")
+    sheet([worst(out, name, SIZES[0]) for name in ("none", "economy", "shift")], folder / "bridging-worst.jpg")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -303,14 +336,7 @@ def main(arguments: list[str] | None = None) -> int:
             temporary.write_text(table)
     if options.sheets:
         options.sheets.mkdir(parents=True, exist_ok=True)
-        strided = [name for name in METHODS if METHODS[name].stride]
-        shown = ["none", "centred", "economy", "shift", *strided]
-        wide = ["red brick wall", "sunset clouds", "dark wooden planks"]
-        sheet(options.out, SIZES[1], wide, shown, options.sheets / "bridging-wide.jpg")
-        square = ["purple nebula", "red desert sand", "snow", "red brick wall"]
-        sheet(options.out, SIZES[0], square, ["none", "economy", "shift"], options.sheets / "bridging-square.jpg")
-        chosen = [SCENES[i] for i in (0, 4, 5, 6)]
-        sheet(options.out, SCENE_SIZES[0], chosen, SCENE_METHODS, options.sheets / "bridging-scenes.jpg")
+        sheets(options.out, options.sheets)
     return 0
 
 

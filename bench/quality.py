@@ -186,6 +186,32 @@ def edge_distance(picture: np.ndarray, axis: int, window: int) -> float:
     return float(np.abs(lines[0] - lines[-1]).mean() / np.mean(inner))
 
 
+def region_fidelity(
+    picture: np.ndarray, masks: Sequence[np.ndarray], names: Sequence[str], classify, side: int = 128
+) -> float:
+    """Share of the crops of each region that a classifier gives to the region's name, averaged over the regions.
+
+    Crops are squares of `side` pixels that lie wholly inside the region, `side / 4` apart.
+
+    Args:
+        masks: (H, W) bool, one for each region.
+        classify: function of uint8 crops (n, side, side, 3) that gives their names.
+
+    Raises:
+        ValueError: for a region that holds no crop.
+    """
+    shares, apart = [], max(1, side // 4)
+    for mask, name in zip(masks, names, strict=True):
+        inside = np.lib.stride_tricks.sliding_window_view(np.asarray(mask, bool), (side, side))[::apart, ::apart]
+        corners = np.argwhere(inside.all((2, 3))) * apart
+        if not len(corners):
+            raise ValueError(f"masks: expected room for {side} x {side} pixels in every region, got none for {name!r}")
+        crops = np.stack([picture[y : y + side, x : x + side] for y, x in corners])
+        found = classify((crops * 255).round().astype(np.uint8))
+        shares.append(np.mean([other == name for other in found]))
+    return float(np.mean(shares))
+
+
 def bootstrap(
     values: Sequence[float], weights: Sequence[float] | None = None, confidence: float = 0.95, draws: int = 2000
 ) -> tuple[float, float]:

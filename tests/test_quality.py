@@ -1,5 +1,6 @@
 """The measures of large pictures: each has to see what it is for, and nothing in pictures that have nothing of it."""
 
+import functools
 import importlib.util
 import sys
 from pathlib import Path
@@ -151,6 +152,26 @@ def test_glued_edges_are_close(axis):
     glued, free = ([quality.edge_distance(p, axis, WINDOW) for p in group] for group in (periodic, cut))
     assert np.mean(glued) < 0.6
     assert np.mean(free) == pytest.approx(1, abs=0.2)
+
+
+def test_region_fidelity_is_the_share_of_crops_that_show_the_regions_name():
+    picture = np.zeros((64, 128, 3))
+    picture[:, 64:] = 1
+    masks = np.zeros((2, 64, 128), bool)
+    masks[0, :, :64] = masks[1, :, 64:] = True
+
+    def classify(crops):
+        assert crops.dtype == np.uint8 and crops.shape[1:] == (32, 32, 3)
+        return ["white" if crop.mean() > 250 else "black" for crop in crops]
+
+    fidelity = functools.partial(quality.region_fidelity, picture, classify=classify, side=32)
+    assert fidelity(masks, ["black", "white"]) == 1
+    assert fidelity(masks, ["black", "black"]) == 0.5
+    assert fidelity(masks, ["white", "black"]) == 0
+    crossing = np.roll(masks, 32, axis=2)  # half of each region's crops, but for those on the border, show the other
+    assert 0 < fidelity(crossing, ["black", "white"]) < 1
+    with pytest.raises(ValueError, match="room for 32 x 32 pixels"):
+        fidelity([masks[0], np.zeros((64, 128), bool)], ["black", "white"])
 
 
 def test_bootstrap_brackets_the_mean():
