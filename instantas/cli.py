@@ -1,4 +1,4 @@
-"""The command line: `instantas generate | plan | info`, also `python -m instantas`.
+"""The command line: `instantas generate | plan | bench | info`, also `python -m instantas`.
 
 Errors are one line on standard error and exit code 2.
 """
@@ -10,6 +10,7 @@ import platform
 import random
 import re
 import sys
+import warnings
 from importlib import metadata
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import click
 import torch
 
 from instantas import __version__, backends
+from instantas.bridging import BRIDGES, DEFAULT
 from instantas.files import check_writable, whole_file
 from instantas.windows import WindowPlan
 
@@ -103,7 +105,12 @@ def app():
 @click.option("--negative", metavar="PROMPT", help="What the picture should not show.")
 @wrap_option
 @click.option("--method", type=click.Choice(["instantas", "multidiffusion"]), default="instantas", show_default=True)
-@click.option("--window-batch", type=click.IntRange(1), help="Windows per network call; by default all.")
+@click.option(
+    "--bridging",
+    metavar="NAME[+NAME]",
+    help=f"What ties the windows together: none, {', '.join(BRIDGES)}; by default {DEFAULT}.",
+)
+@click.option("--window-batch", type=click.IntRange(1), help="Windows per network call; by default 4.")
 @click.option("--dtype", type=click.Choice(list(DTYPES)), help="By default float16 on a GPU, float32 elsewhere.")
 @click.option("--device", type=Device(), help="By default cuda where there is one, else cpu.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), default="instantas.png", show_default=True)
@@ -119,6 +126,7 @@ def generate(
     negative,
     wrap,
     method,
+    bridging,
     window_batch,
     dtype,
     device,
@@ -138,6 +146,7 @@ def generate(
         negative_prompt=negative,
         wrap=wrap,
         method=method,
+        bridging=bridging,
         window_batch_size=window_batch,
     )
     settings = {name: value for name, value in settings.items() if value is not None}
@@ -152,13 +161,19 @@ def generate(
 def _pipeline(model, scheduler, dtype, device):
     """The model on its device with the scheduler asked for."""
     import diffusers
+    import transformers
 
+    for library in (diffusers, transformers):  # their remarks on loading are nothing that the user can act on
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
     from instantas import demo
     from instantas.pipeline import InstantASPipeline
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = DTYPES[dtype or ("float16" if torch.device(device).type == "cuda" else "float32")]
-    pipe = InstantASPipeline.from_pretrained(model or demo.folder(), torch_dtype=dtype).to(device)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch_dtype: the name that takes its place is too new
+        pipe = InstantASPipeline.from_pretrained(model or demo.folder(), torch_dtype=dtype).to(device)
     if scheduler:
         name, settings = SCHEDULERS[scheduler]
         pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config, **settings)
@@ -199,6 +214,27 @@ def plan(size, wrap, window, cell, stride, steps, plot):
     if plot:
         ours.plot(plot)
         click.echo(f"layout          {plot}")
+
+
+@app.command()
+@click.option("--quick", is_flag=True, help="In less than a minute, with wider quartiles.")
+@click.option("--device", type=Device(), help="By default cuda where there is one, else cpu.")
+@click.option("--dtype", type=click.Choice(list(DTYPES)), help="By default bfloat16 on a GPU, float32 elsewhere.")
+def bench(quick, device, dtype):
+    """Time the operations on this machine against what one would write in eager PyTorch."""
+    from instantas import bench_cases
+    from instantas.bench import machine
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = DTYPES[dtype or ("bfloat16" if torch.device(device).type == "cuda" else "float32")]
+    cases = bench_cases.small(device, dtype, quick)
+    table = []
+    with click.progressbar(length=100 * len(cases), label="measuring", file=sys.stderr) as bar:
+        for i, case in enumerate(cases):
+            table.append(case(progress=lambda share, i=i: bar.update(int(100 * (i + share)) - bar.pos)))
+    click.echo(", ".join(f"{name} {value}" for name, value in machine(device).items()))
+    for comparison in table:
+        click.echo("\n" + comparison.table())
 
 
 @app.command()

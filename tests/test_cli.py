@@ -21,8 +21,10 @@ def refused(capsys, *arguments) -> str:
         main(list(arguments))
     out, err = capsys.readouterr()
     assert stop.value.code == 2
-    assert err.count("\n") == 1 and err.startswith("instantas: ") and "Traceback" not in err
-    return err
+    *shown, line = err.splitlines()
+    assert all("%|" in part for part in shown if part.strip())  # nothing before it but the progress bar
+    assert line.startswith("instantas: ") and "Traceback" not in err
+    return line
 
 
 def generate(*arguments, prompt="red brick wall"):
@@ -105,6 +107,7 @@ def test_a_failure_while_writing_leaves_nothing(capsys, monkeypatch):
         (["--size", "8x8", "--device", "abacus"], "device"),
         (["--size", "8x8", "--wrap", "z"], "wrap"),
         (["--size", "8x8", "--window-batch", "0"], "window-batch"),
+        (["--size", "8x8", "--bridging", "glue"], "bridging"),
         (["--size", "8x8", "--seed", "-1"], "seed"),
         (["--size", "8x8", "-o", "missing/a.png"], "missing"),
         (["--size", "8x8", "-o", "a.jpg"], ".png"),
