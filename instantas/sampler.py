@@ -7,20 +7,18 @@ over the canvas.
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from numbers import Integral, Real
 
 import torch
 
 from instantas import ops
 from instantas.bridging import Bridge, Stage, View, bridge
+from instantas.evaluator import Evaluator
 from instantas.noise import Level, levels
 from instantas.schedulers import probe, step_keywords
 from instantas.windows import WindowPlan
-
-WINDOW_BATCH_SIZE = 4  # windows in one network call when the caller does not say: bounds memory whatever the canvas
 
 
 @dataclass(frozen=True)
@@ -100,9 +98,10 @@ def sample(
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came, before the denoiser is called.
     """
-    batch = _window_batch_size(window_batch_size)
+    evaluate = Evaluator(denoiser, window_batch_size)
     bridging = bridge(bridging)
-    _check_run(denoiser, latents, plan, guidance_rescale, generator)
+    _check_run(latents, plan)
+    _check_settings(len(latents), guidance_rescale, eta, generator)
     set_timesteps(scheduler, num_inference_steps, timesteps, latents.device)
     stages = _stages(bridging, plan, len(scheduler.timesteps), weight, latents.device)
     known = _levels(scheduler, stages)
@@ -110,7 +109,6 @@ def sample(
 
     recurrence = probe(scheduler, eta)
     update = _LinearUpdate(recurrence, latents) if recurrence else _SchedulerUpdate(scheduler, generator, eta)
-    evaluate = _Evaluator(denoiser, batch)
     whole = WindowPlan.minimum_coverage(plan.height, plan.width, (plan.height, plan.width))
     latest = _Latest() if any(stage.evaluated is not None for stage, _ in stages) else None
     canvas = latents * getattr(scheduler, "init_noise_sigma", 1.0)
@@ -134,6 +132,7 @@ def sample(
             merged = _guided(cond, uncond, plan, weight, guidance_scale)[0]
             cond, uncond, plan, weight = stage.adjust(merged, noisy, context)[:, None], None, whole, None
         canvas = update.step(cond, uncond, canvas, plan, weight, guidance_scale, i, t)
+        del cond, uncond  # else they would be held while the next step's windows are evaluated
         if callback is not None:
             try:
                 replaced = callback(i, t, canvas)
@@ -162,6 +161,10 @@ def set_timesteps(scheduler, num_inference_steps, timesteps, device) -> None:
         scheduler.set_timesteps(int(num_inference_steps), device=device)
     elif getattr(scheduler, "num_inference_steps", None) is None:
         raise ValueError("num_inference_steps: expected a number, as the scheduler has no timesteps set, got None")
+    elif getattr(scheduler, "step_index", None) is not None or getattr(scheduler, "counter", 0):
+        raise ValueError("num_inference_steps: expected a number, as the scheduler has taken steps already, got None")
+    if not len(scheduler.timesteps):
+        raise ValueError("timesteps: expected at least one, got none")
 
 
 class _LinearUpdate:
@@ -221,53 +224,6 @@ def _rescaled(cond, uncond, plan, weight, guidance, share):
     return guided * (share * ratio + 1 - share)
 
 
-class _Evaluator:
-    """Calls the denoiser on batches of windows, smaller ones once memory has run out."""
-
-    def __init__(self, denoiser, batch):
-        self.denoiser, self.batch = denoiser, batch
-
-    def __call__(self, windows, context):
-        """Predictions (cond, uncond or None) of windows (m, C, h, w)."""
-        parts, start = [], 0
-        while start < len(windows):
-            given = windows[start : start + self.batch]
-            rows = context.rows[start : start + self.batch]
-            try:
-                part = _pair(self.denoiser(given, context.timestep, replace(context, rows=rows)), given)
-            except torch.OutOfMemoryError:
-                if len(given) == 1:
-                    raise
-                part = None
-            if part is None:  # outside of the handler, which keeps what the failed call had allocated
-                self._halve(len(given), windows.device)
-                continue
-            parts.append(part)
-            start += len(given)
-        cond, uncond = zip(*parts)
-        return _joined(cond), None if uncond[0] is None else _joined(uncond)
-
-    def _halve(self, size, device):
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-        self.batch = size // 2
-        warnings.warn(f"out of memory with {size} windows at once; going on with {self.batch}", stacklevel=4)
-
-
-def _joined(parts):
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def _pair(prediction, windows):
-    pair = prediction if isinstance(prediction, (tuple, list)) else (prediction, None)
-    if len(pair) != 2:
-        raise ValueError(f"denoiser: expected a prediction or a pair (cond, uncond), got {len(pair)} values")
-    for part in pair:
-        if part is not None and part.shape != windows.shape:
-            raise ValueError(f"denoiser: expected predictions of shape {tuple(windows.shape)}, got {tuple(part.shape)}")
-    return tuple(part if part is None else part.to(windows.dtype) for part in pair)
-
-
 def _chosen(stage, device):
     """Indices of the evaluated windows, or None for all."""
     every = stage.evaluated is None or bool(stage.evaluated.all())
@@ -301,17 +257,22 @@ class _Latest:
         elif self.level is not None:
             self.parts = tuple(p if p is None else self.level.carry(p, self.noisy, level) for p in self.parts)
         if cond is not None:
-            self.parts = tuple(_over(p, old, chosen, plan, weight) for p, old in zip((cond, uncond), self.parts))
+            share = None if chosen is None else _share(chosen, plan, weight, cond.device)
+            self.parts = tuple(_over(p, old, share, plan, weight) for p, old in zip((cond, uncond), self.parts))
         self.level, self.noisy = level, noisy
         return tuple(p if p is None else p[:, None] for p in self.parts)
 
 
-def _over(fresh, latest, chosen, plan, weight):
-    if fresh is None or chosen is None:
-        return fresh if fresh is None else ops.scatter_windows(fresh, plan, weight)
-    marks = torch.zeros(1, plan.count, 1, *plan.window, device=fresh.device)
+def _share(chosen, plan, weight, device):
+    """(1, 1, H, W): the part of a cell's overlap weight that the evaluated windows have."""
+    marks = torch.zeros(1, plan.count, 1, *plan.window, device=device)
     marks[:, chosen] = 1
-    share = ops.scatter_windows(marks, plan, weight)
+    return ops.scatter_windows(marks, plan, weight)
+
+
+def _over(fresh, latest, share, plan, weight):
+    if fresh is None or share is None:
+        return fresh if fresh is None else ops.scatter_windows(fresh, plan, weight)
     exact = fresh if fresh.dtype == torch.float64 else fresh.float()  # shares may be tiny
     merged = ops.scatter_windows(exact, plan, weight) / share.clamp(min=1e-9)
     return torch.where(share > 0, merged.to(fresh.dtype), latest)
@@ -356,24 +317,28 @@ def _levels(scheduler, stages):
     return known or [None] * len(stages)
 
 
-def _window_batch_size(value):
-    if value is None:
-        return WINDOW_BATCH_SIZE
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"window_batch_size: expected a positive integer or None, got {value!r}")
-    if value < 1:
-        raise ValueError(f"window_batch_size: expected a positive integer or None, got {value}")
-    return int(value)
+def _check_run(latents, plan):
+    if not isinstance(plan, WindowPlan):
+        raise TypeError(f"plan: expected a WindowPlan, got {type(plan).__name__}")
+    if not isinstance(latents, torch.Tensor) or not latents.is_floating_point():
+        raise TypeError(
+            f"latents: expected a tensor of floats, got {getattr(latents, 'dtype', type(latents).__name__)}"
+        )
+    if latents.dim() != 4 or latents.shape[2:] != (plan.height, plan.width):
+        raise ValueError(f"latents: expected (B, C, {plan.height}, {plan.width}), got {tuple(latents.shape)}")
 
 
-def _check_run(denoiser, latents, plan, guidance_rescale, generator):
-    if not callable(denoiser):
-        raise TypeError(f"denoiser: expected a function, got {type(denoiser).__name__}")
-    ops.gather_windows(latents[:0] if isinstance(latents, torch.Tensor) and latents.dim() else latents, plan)
-    if isinstance(generator, list) and len(generator) != len(latents):
-        raise ValueError(f"generator: expected one for each of {len(latents)} pictures, got {len(generator)}")
-    if not isinstance(guidance_rescale, Real) or not 0 <= guidance_rescale <= 1:
-        raise ValueError(f"guidance_rescale: expected 0 to 1, got {guidance_rescale!r}")
+def _check_settings(pictures, guidance_rescale, eta, generator):
+    for name, value in (("guidance_rescale", guidance_rescale), ("eta", eta)):
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise TypeError(f"{name}: expected a number from 0 to 1, got {value!r}")
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name}: expected 0 to 1, got {value}")
+    generators = generator if isinstance(generator, list) else [generator]
+    if wrong := [g for g in generators if not (g is None or isinstance(g, torch.Generator))]:
+        raise TypeError(f"generator: expected a torch.Generator or a list of them, got {type(wrong[0]).__name__}")
+    if isinstance(generator, list) and len(generator) != pictures:
+        raise ValueError(f"generator: expected one for each of {pictures} pictures, got {len(generator)}")
 
 
 def _check_step(latents, stages, guidance_scale):

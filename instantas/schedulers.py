@@ -80,7 +80,7 @@ def _run(scheduler, sample, outputs, eta, seed):
     for name, value in vars(scheduler).items():
         if isinstance(value, torch.Tensor):
             setattr(scheduler, name, value.cpu())
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)  # the CPU's alone: torch.manual_seed would reach every GPU's
     keywords = step_keywords(scheduler, torch.Generator().manual_seed(seed), eta)
     samples, scales, kept = [sample], [], []
     for t, output in zip(scheduler.timesteps, outputs):
