@@ -223,7 +223,7 @@ def plan(size, wrap, window, cell, stride, steps, plot):
 def bench(quick, device, dtype):
     """Time the operations on this machine against what one would write in eager PyTorch."""
     from instantas import bench_cases
-    from instantas.bench import machine
+    from instantas.bench import DisagreementError, machine
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = DTYPES[dtype or ("bfloat16" if torch.device(device).type == "cuda" else "float32")]
@@ -231,7 +231,10 @@ def bench(quick, device, dtype):
     table = []
     with click.progressbar(length=100 * len(cases), label="measuring", file=sys.stderr) as bar:
         for i, case in enumerate(cases):
-            table.append(case(progress=lambda share, i=i: bar.update(int(100 * (i + share)) - bar.pos)))
+            try:
+                table.append(case(progress=lambda share, i=i: bar.update(int(100 * (i + share)) - bar.pos)))
+            except DisagreementError as error:
+                raise click.ClickException(str(error)) from error
     click.echo(", ".join(f"{name} {value}" for name, value in machine(device).items()))
     for comparison in table:
         click.echo("\n" + comparison.table())

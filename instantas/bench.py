@@ -1,0 +1,322 @@
+"""Measuring: contenders run in turn in one process, after their results were checked against float64.
+
+A speed is a ratio. Every lap runs each contender once, on inputs of its own from a set larger than the cache, and a
+copy and (where operations are declared) a matrix product as well, so that all of them meet the same machine. Before
+each run the cache is filled with something else. On a GPU the clock is the device's, with the launches queued
+beforehand; elsewhere it is `time.perf_counter`. Needs only torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+RIVAL_ROUNDINGS = 8  # a rival may round what it computes on the way: units in the last place of the largest result
+_CACHE = 1 << 26  # bytes, where the system does not say
+
+
+class DisagreementError(AssertionError):
+    """A contender's result is not what it should be: it gets no speed."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one contender: the median and the quartiles of its runs.
+
+    `ratio` is the median, over the laps, of its time divided by the first contender's in the same lap. `error` is the
+    largest difference from the float64 result, `allowed` what it may be.
+    """
+
+    name: str
+    median: float
+    low: float
+    high: float
+    runs: int
+    ratio: float
+    error: float
+    allowed: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Contenders on the same work. `bytes` must move and `flops` be done, whoever does it; rates are per second.
+
+    `copy_rate` counts the bytes read and the bytes written by a copy; `matmul_rate` is of a large matrix product in the
+    same dtype. Both were measured in the same laps.
+    """
+
+    title: str
+    device: str
+    dtype: str
+    bytes: int
+    flops: int
+    copy_rate: float
+    matmul_rate: float | None
+    timings: tuple[Timing, ...]
+    absent: dict[str, str] = field(default_factory=dict)  # name -> why it was not run
+
+    def timing(self, name: str) -> Timing:
+        return next(t for t in self.timings if t.name == name)
+
+    def best(self, names: Sequence[str]) -> Timing:
+        return min((self.timing(name) for name in names), key=lambda t: t.median)
+
+    @property
+    def floor(self) -> float:
+        """Seconds that the bytes and the operations need at the measured rates, whichever is more."""
+        return max(self.bytes / self.copy_rate, self.flops / self.matmul_rate if self.matmul_rate else 0)
+
+    def share(self, name: str) -> float:
+        """Of the roofline: the floor divided by the contender's time."""
+        return self.floor / self.timing(name).median
+
+    def table(self) -> str:
+        """Lines of text: milliseconds, how many times as long as the first contender, share of the roofline."""
+        gigabytes = f"copy {self.copy_rate / 1e9:.1f} GB/s"
+        lines = [
+            f"{self.title}, {self.dtype} ({gigabytes})",
+            f"{'':<30}{'ms':>10}{'quartiles':>20}{'ratio':>9}{'roofline':>10}",
+        ]
+        for t in self.timings:
+            spread = f"{1e3 * t.low:.3f} - {1e3 * t.high:.3f}"
+            lines.append(f"  {t.name:<28}{1e3 * t.median:>10.3f}{spread:>20}{t.ratio:>9.2f}{self.share(t.name):>10.0%}")
+        return "\n".join(lines + [f"  {name}: {reason}" for name, reason in self.absent.items()])
+
+    def as_dict(self) -> dict:
+        timings = [asdict(t) | {"share": self.share(t.name)} for t in self.timings]
+        return asdict(self) | {"floor": self.floor, "timings": timings}
+
+
+def compare(
+    title: str,
+    inputs: Callable[[torch.Generator], tuple],
+    contenders: Mapping[str, Callable],
+    exact: Callable | Mapping[str, Callable],
+    *,
+    bytes: int,
+    flops: int = 0,
+    rivals: Mapping[str, Callable] | None = None,
+    absent: Mapping[str, str] | None = None,
+    seconds: float = 2.0,
+    laps: tuple[int, int] = (5, 100),
+    progress: Callable[[float], object] = lambda share: None,
+) -> Comparison:
+    """Check the results of every contender, then time them in turn.
+
+    Args:
+        inputs: makes one set of arguments; its first tensor says which device and dtype are meant.
+        contenders: name -> function of the arguments, the first being what the others are compared with. A result
+            (a tensor or a tuple) may differ from float64 by twice as much as that of `exact` in the inputs' dtype.
+        exact: the definition of correct; or one per contender, where they do different work. Run in float64 and in the
+            inputs' dtype.
+        bytes, flops: that the work needs at least: inputs read once, results written once.
+        rivals: more contenders, which may also round what they compute on the way, up to 8 units in the last place of
+            the largest result.
+        absent: name -> reason, of contenders that cannot run here; kept for the report.
+        seconds: for the laps; at least laps[0] and at most laps[1] of them are run.
+        progress: called with the share of the laps that is done.
+
+    Raises:
+        DisagreementError: naming the contender. No speed is given.
+    """
+    rivals = dict(rivals or {})
+    runners = {**contenders, **rivals}
+    generator = torch.Generator().manual_seed(0)
+    first = inputs(generator)
+    sample = next(a for a in first if isinstance(a, torch.Tensor))
+    errors = _check(runners, rivals, exact, first, sample.dtype)
+    sets = [first]
+    size = sum(a.nbytes for a in first if isinstance(a, torch.Tensor))
+    wanted = max(1, min(64, -(-2 * cache_bytes(sample.device) // max(1, size)) + 1))
+    sets += [inputs(generator) for _ in range(wanted - 1)]
+    yardsticks = {"copy": _copy(sample.device)}
+    if flops:
+        yardsticks["matmul"] = _matmul(sample.device, sample.dtype)
+    times = _laps(yardsticks, runners, sets, _clock(sample.device), seconds, laps, progress)
+    base = times[next(iter(runners))]
+    timings = []
+    for name in runners:
+        low, median, high = statistics.quantiles(times[name], n=4, method="inclusive")
+        ratio = statistics.median(t / b for t, b in zip(times[name], base))
+        timings.append(Timing(name, median, low, high, len(base), ratio, *errors[name]))
+    rates = {name: stick.work / statistics.median(times[name]) for name, stick in yardsticks.items()}
+    return Comparison(
+        title,
+        device_name(sample.device),
+        str(sample.dtype).removeprefix("torch."),
+        bytes,
+        flops,
+        rates["copy"],
+        rates.get("matmul"),
+        tuple(timings),
+        dict(absent or {}),
+    )
+
+
+def machine(device: torch.device | str = "cpu") -> dict[str, str | int]:
+    """What a result should name: device, versions, date."""
+    facts = {"device": device_name(torch.device(device)), "torch": torch.__version__}
+    with contextlib.suppress(ImportError):
+        import triton
+
+        facts["triton"] = triton.__version__
+    if torch.version.cuda:
+        facts["cuda"] = torch.version.cuda
+    facts |= {"python": platform.python_version(), "threads": torch.get_num_threads()}
+    return facts | {"date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")}
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with contextlib.suppress(OSError):
+        for line in open("/proc/cpuinfo", encoding="utf-8"):
+            if line.startswith("model name"):
+                return f"{line.split(':', 1)[1].strip()}, {torch.get_num_threads()} threads"
+    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def cache_bytes(device: torch.device) -> int:
+    """Size of the last cache before memory."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).L2_cache_size
+    sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    # sysconf would count the caches of all processors of the machine
+    return max((int(size.removesuffix("K")) << 10 for size in sizes if size.endswith("K")), default=_CACHE)
+
+
+# Checking
+
+
+def _check(runners, rivals, exact, arguments, dtype):
+    """name -> (error, allowed), of every contender; the definition is evaluated once for all that share it."""
+    judged, found = {}, {}
+    for name, run in runners.items():
+        truth = exact if callable(exact) else exact[name]
+        if truth not in judged:
+            precise = _results(truth, [_widened(a, dtype) for a in arguments])
+            judged[truth] = precise, [_deviation(*pair) for pair in zip(_results(truth, arguments), precise)]
+        precise, usual = judged[truth]
+        results = _results(run, arguments)
+        if [r.shape for r in results] != [p.shape for p in precise]:
+            raise DisagreementError(f"{name}: expected {[*map(_shape, precise)]}, got {[*map(_shape, results)]}")
+        worst = 0.0, 0.0
+        for result, right, error in zip(results, precise, usual):
+            unit = torch.finfo(dtype).eps * right.abs().max().item() if right.numel() else 0.0
+            allowed = max(2 * error or 2 * unit, RIVAL_ROUNDINGS * unit if name in rivals else 0.0)
+            error = _deviation(result, right)
+            if not error <= allowed:
+                raise DisagreementError(
+                    f"{name}: off by {error:.3g} from float64, allowed {allowed:.3g}: no speed given"
+                )
+            worst = max(worst, (error, allowed))
+        found[name] = worst
+    return found
+
+
+def _results(run, arguments):
+    with torch.no_grad():
+        results = run(*arguments)
+    return [r for r in (results if isinstance(results, (tuple, list)) else (results,)) if r is not None]
+
+
+def _shape(tensor):
+    return tuple(tensor.shape)
+
+
+def _widened(value, dtype):
+    return value.double() if isinstance(value, torch.Tensor) and value.dtype == dtype else value
+
+
+def _deviation(result, precise):
+    return (result.double() - precise).abs().max().item() if precise.numel() else 0.0
+
+
+# Timing
+
+
+@dataclass(frozen=True)
+class _Yardstick:
+    run: Callable[[], object]
+    work: int  # bytes or operations
+
+
+def _copy(device):
+    size = max(1 << (28 if device.type == "cuda" else 26), 2 * cache_bytes(device)) // 4
+    source, target = torch.zeros(size, device=device), torch.empty(size, device=device)
+    return _Yardstick(lambda: target.copy_(source), 2 * source.nbytes)
+
+
+def _matmul(device, dtype):
+    n = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    return _Yardstick(lambda: a @ b, 2 * n**3)
+
+
+def _laps(yardsticks, runners, sets, clock, seconds, laps, progress):
+    """name -> seconds, one for each lap."""
+    times = {name: [] for name in (*yardsticks, *runners)}
+    calls = [(name, run, False) for name, run in runners.items()]
+    calls += [(name, stick.run, True) for name, stick in yardsticks.items()]
+    turn, collecting, flush = 0, gc.isenabled(), yardsticks["copy"].run
+    gc.disable()
+    try:
+        with torch.no_grad():
+            start, lap = time.perf_counter(), -1  # the lap before the first warms up
+            while lap < laps[0] or (lap < laps[1] and time.perf_counter() - start < seconds):
+                if lap == 0:
+                    start = time.perf_counter()
+                for name, run, fixed in calls if lap % 2 else reversed(calls):
+                    arguments = () if fixed else sets[turn % len(sets)]
+                    turn += not fixed
+                    flush()  # results land where earlier ones lay, which a cache may still hold
+                    taken = clock(name, run, arguments)
+                    if lap >= 0:
+                        times[name].append(taken)
+                lap += 1
+                spent = (time.perf_counter() - start) / seconds if seconds else 0.0
+                progress(min(1.0, max(lap / laps[1], spent)))
+    finally:
+        if collecting:
+            gc.enable()
+    return times
+
+
+def _clock(device):
+    return _DeviceClock(device) if device.type == "cuda" else _host_clock
+
+
+def _host_clock(name, run, arguments):
+    start = time.perf_counter()
+    run(*arguments)
+    return time.perf_counter() - start
+
+
+class _DeviceClock:
+    """Time on the device's own clock. The device is kept busy while the host queues the work, so that it never waits
+    for a launch, which favours whoever launches the most."""
+
+    def __init__(self, device):
+        self.device, self.queueing = device, {}  # name -> seconds the host took
+        self.cycles = 1000 * getattr(torch.cuda.get_device_properties(device), "clock_rate", 1_500_000)
+
+    def __call__(self, name, run, arguments):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        with torch.cuda.device(self.device):
+            torch.cuda._sleep(int(self.cycles * min(0.05, 2 * self.queueing.get(name, 1e-3) + 1e-4)))
+            queued = time.perf_counter()
+            begin.record()
+            run(*arguments)
+            end.record()
+            self.queueing[name] = time.perf_counter() - queued
+            end.synchronize()
+        return begin.elapsed_time(end) / 1e3
