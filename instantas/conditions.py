@@ -121,6 +121,19 @@ class MicroConditions:
         return torch.cat([original, places + torch.tensor(self.crop), target], dim=1)
 
 
+def micro_conditions(pipe, canvas, given: tuple, negative: tuple) -> MicroConditions | None:
+    """SDXL's conditions from (original size, target size, crop); as in diffusers, negative ones need both sizes.
+
+    Raises:
+        ValueError: for conditions given to another model.
+    """
+    if is_xl(pipe):
+        return MicroConditions(canvas, *given, MicroConditions(canvas, *negative) if None not in negative[:2] else None)
+    if any(value not in (None, (0, 0)) for value in (*given, *negative)):
+        raise ValueError(f"original_size: expected no SDXL conditions for another model, got {given}, {negative}")
+    return None
+
+
 @dataclass(frozen=True)
 class Control:
     """What a ControlNet is given.

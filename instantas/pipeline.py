@@ -20,7 +20,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from instantas.attention import regional_prompts
 from instantas.bridging import bridge, evaluations
-from instantas.conditions import MicroConditions, check_texts, control, embed, is_xl
+from instantas.conditions import check_texts, control, embed, is_xl, micro_conditions
 from instantas.decoding import decode
 from instantas.denoiser import WindowDenoiser
 from instantas.multidiffusion import RegionDenoiser, plain_colours, region_prompts
@@ -260,7 +260,8 @@ class InstantASPipeline:
             )
         noise = self._noise(pictures, plan, generator, latents)
         conditions = dict(
-            micro=self._micro(
+            micro=micro_conditions(
+                pipe,
                 (height, width),
                 (original_size, target_size, crops_coords_top_left),
                 (negative_original_size, negative_target_size, negative_crops_coords_top_left),
@@ -280,18 +281,8 @@ class InstantASPipeline:
             timestep_cond=None if distilled is None else self._guidance_embedding(guidance_scale).to(noise),
             cross_attention_kwargs=cross_attention_kwargs,
         )
-        with contextlib.ExitStack() as stack:
-            if region_map is not None and method == "instantas":
-                conditions["regional"] = stack.enter_context(self._regional(region_map, region_mode, clip_skip))
-                conditions["regional"].base(prompts.embeds, prompts.negative)
-            denoiser = WindowDenoiser(pipe, prompts, self.cell, **conditions)
-            if region_map is not None and method == "multidiffusion":
-                slots = range(max(map(len, region_map.lists)))
-                each = [region_prompts(pipe, region_map.lists, slot, prompts, **how) for slot in slots]
-                each = [WindowDenoiser(pipe, found, self.cell, **conditions) for found in each]
-                colours = plain_colours(pipe.vae, generator, noise.device)
-                denoiser = RegionDenoiser([denoiser, *each], region_map, noise, plan, colours)
-            bar = stack.enter_context(pipe.progress_bar(total=pictures * evaluated))
+        paint = self._denoiser(method, prompts, conditions, region_map, region_mode, noise, plan, generator, how)
+        with paint as denoiser, pipe.progress_bar(total=pictures * evaluated) as bar:
             bar.unit = "window"
             result = sample(
                 _counted(denoiser, bar),
@@ -352,9 +343,23 @@ class InstantASPipeline:
             device=self.pipe._execution_device,
         )
 
-    def _regional(self, region_map, mode, clip_skip):
-        encode = functools.partial(encode_prompts, self.pipe, clip_skip=clip_skip)
-        return regional_prompts(self.pipe.unet, region_map, pipe=self.pipe, encode=encode, mode=mode)
+    @contextlib.contextmanager
+    def _denoiser(self, method, prompts, conditions, region_map, region_mode, noise, plan, generator, how):
+        """The denoiser of a run: the UNet's, with regional prompts installed on it, or MultiDiffusion's of regions."""
+        pipe = self.pipe
+        make = functools.partial(WindowDenoiser, pipe, cell=self.cell, **conditions)
+        if region_map is None:
+            yield make(prompts)
+        elif method == "multidiffusion":
+            slots = range(max(map(len, region_map.lists)))
+            each = [prompts, *(region_prompts(pipe, region_map.lists, slot, prompts, **how) for slot in slots)]
+            colours = plain_colours(pipe.vae, generator, noise.device)
+            yield RegionDenoiser([make(found) for found in each], region_map, noise, plan, colours)
+        else:
+            encode = functools.partial(encode_prompts, pipe, clip_skip=how["clip_skip"])
+            with regional_prompts(pipe.unet, region_map, pipe=pipe, encode=encode, mode=region_mode) as regional:
+                regional.base(prompts.embeds, prompts.negative)
+                yield make(prompts, regional=regional)
 
     def _noise(self, pictures, plan, generator, latents):
         shape = (pictures, self.pipe.unet.config.in_channels, plan.height, plan.width)
@@ -370,15 +375,6 @@ class InstantASPipeline:
         if not latents.isfinite().all():
             raise ValueError("latents: expected finite values, got NaN or infinite ones")
         return latents.to(device, dtype)
-
-    def _micro(self, size, given, negative):
-        """SDXL's conditions of (original size, target size, crop); as in diffusers, negative ones need both sizes."""
-        if is_xl(self.pipe):
-            other = MicroConditions(size, *negative) if None not in negative[:2] else None
-            return MicroConditions(size, *given, other)
-        if any(value not in (None, (0, 0)) for value in (*given, *negative)):
-            raise ValueError(f"original_size: expected no SDXL conditions for another model, got {given}, {negative}")
-        return None
 
     def _guidance_embedding(self, scale):
         wide = self.pipe.unet.config.time_cond_proj_dim
