@@ -37,11 +37,13 @@ from bridging_pictures import (
 from PIL import Image
 from quality import (
     bootstrap,
+    control_positions,
     edge_distance,
     load_picture,
     repetition,
     seam_ratio,
     seam_scatter,
+    steps_across,
     window_borders,
     window_divergence,
     window_gradient_energy,
@@ -51,6 +53,8 @@ from instantas import demo
 from instantas.files import whole_file
 
 SIDE = WINDOW * CELL  # of a native window, in pixels
+BESIDE = 4  # cells from a border that the profile shows
+STRIDED = [name for name in METHODS if METHODS[name].stride]
 CORNER = 2 * CELL  # how far from a border of the other axis a corner reaches
 
 
@@ -201,6 +205,23 @@ def by_size(out: Path, name: str) -> list[list[str]]:
     return lines
 
 
+def profile(out: Path, name: str) -> list[str]:
+    """The seam ratio of all pictures with the borders moved by -BESIDE to BESIDE cells."""
+    pictures = load(out, name, pictures_of(name))
+    lines = []
+    for axis in (1, 0):
+        for picture in pictures:
+            length = picture.shape[axis]
+            borders = window_borders(length, SIDE)
+            if len(borders):
+                across = steps_across(picture, axis)
+                places = borders[:, None] + np.arange(-BESIDE, BESIDE + 1) * CELL
+                line = across[places].mean(0) / across[control_positions(length, borders)].mean()
+                lines.append((1 / seam_scatter(picture, borders, axis), line))
+    weights, profiles = zip(*lines)
+    return [name, str(len(pictures)), *(f"{value:.2f}" for value in np.average(profiles, axis=0, weights=weights))]
+
+
 def table(head, lines) -> list[str]:
     return ["", *("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *lines))]
 
@@ -258,6 +279,10 @@ def report(out: Path, dtype) -> str:
     head = ("method", "size", "pictures", "columns", "rows", "both, weighted", "corners", "corners, weighted")
     names = ("none", "economy", "shift", "larger, none", "larger, economy", "larger, shift")
     lines += table(head, [line for name in names for line in by_size(out, name)])
+    lines += ["", "## The difference at and beside the borders", ""]
+    lines += ["Over the mean of the control positions, columns and rows, weighted; in cells from the border."]
+    head = ("method", "pictures", *(f"{offset:+d}" for offset in range(-BESIDE, BESIDE + 1)))
+    lines += table(head, [profile(out, name) for name in ("none", "centred", "economy", "shift", *STRIDED)])
     lines += ["", "## How far the ratio scatters where no window rests", "", "`shift`, the borders moved."]
     shift, lines_moved = load(out, "shift", pictures_of("shift")), []
     for moved in (0, *range(-56, -8, 8), *range(16, 64, 8)):
@@ -303,8 +328,7 @@ def sheets(out: Path, folder: Path) -> None:
     def of(*prompts):
         return [PROMPTS.index(prompt) for prompt in prompts]
 
-    strided = [name for name in METHODS if METHODS[name].stride]
-    every = ["none", "moments", "centred", "economy", "shift", "shift+moments", *strided]
+    every = ["none", "moments", "centred", "economy", "shift", "shift+moments", "rolled canvas", *STRIDED]
     wide = of("red brick wall", "sunset clouds", "dark wooden planks")
     sheet(lines(every, SIZES[1], wide), folder / "bridging-wide.jpg")
     square = of("purple nebula", "red desert sand", "snow", "red brick wall")

@@ -52,10 +52,19 @@ SCENE_SIZES = ((256, 256), (384, 384))
 BATCH = 16  # windows in one network call
 
 
+class Roll:
+    """The canvas rolled by a random offset at every step, whether it wraps or not: joins opposite edges."""
+
+    def step(self, step: int, steps: int, plan: WindowPlan) -> bridging.Stage:
+        shift = np.random.default_rng(step).integers(0, (plan.height, plan.width)).tolist()
+        wrap = (True, True)
+        return bridging.Stage(WindowPlan.minimum_coverage(plan.height, plan.width, plan.window, wrap=wrap, shift=shift))
+
+
 class Method(NamedTuple):
     """bridge: of minimum coverage, or stride: of overlapping windows; few: sizes of which four pictures must do."""
 
-    bridge: str = "none"
+    bridge: str | bridging.Bridge = "none"
     stride: int | None = None
     sizes: tuple = SIZES
     few: tuple = ()
@@ -69,7 +78,7 @@ def seeds(count: int, prompts: Sequence[int]) -> tuple[int, ...]:
 
 
 ALONE = range(len(MATERIALS))
-PAIRS = tuple(range(len(MATERIALS), len(PROMPTS)))
+PAIRS = range(len(MATERIALS), len(PROMPTS))
 REGIONS = Method(sizes=tuple(BOXES), pictures=tuple(range(3 * len(QUARTERS))), regions=True)
 METHODS = {
     "none": Method(),
@@ -78,13 +87,14 @@ METHODS = {
     "centred": Method("centred"),
     "moments": Method("moments", sizes=FEWER),
     "shift+moments": Method("shift+moments", sizes=FEWER),
+    "rolled canvas": Method(Roll(), sizes=FEWER),
     "MultiDiffusion, stride 1/2": Method(stride=WINDOW // 2, sizes=FEWER),
     "MultiDiffusion, stride 1/8": Method(stride=WINDOW // 8, sizes=SIZES[:3], few=SIZES[:1]),
     "larger, none": Method(sizes=LARGER),
     "larger, shift": Method("shift", sizes=LARGER),
     "larger, economy": Method("economy", sizes=LARGER),
-    "scenes, shift": Method("shift", sizes=SCENE_SIZES, pictures=PAIRS),
-    "scenes, shift+dilated": Method("shift+dilated", sizes=SCENE_SIZES, pictures=PAIRS),
+    "scenes, shift": Method("shift", sizes=SCENE_SIZES, pictures=seeds(2, PAIRS)),
+    "scenes, shift+dilated": Method("shift+dilated", sizes=SCENE_SIZES, pictures=seeds(2, PAIRS)),
     "regions, none": REGIONS,
     "regions, shift": REGIONS._replace(bridge="shift"),
 }
@@ -153,7 +163,7 @@ class Model:
 
 
 def file_of(out: Path, name: str, width: int, height: int, i: int) -> Path:
-    folder = name.replace("MultiDiffusion, stride 1/", "stride-").replace(", ", "-").replace("+", "-")
+    folder = name.replace("MultiDiffusion, stride 1/", "stride-").replace(", ", "-").replace("+", "-").replace(" ", "-")
     label = f"quarters-{i % len(QUARTERS)}" if METHODS[name].regions else PROMPTS[i % len(PROMPTS)].replace(" ", "-")
     return out / folder / f"{width}x{height}-{i:02d}-{label}.png"
 

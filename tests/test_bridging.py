@@ -1,6 +1,7 @@
 """Bridges: what they evaluate, what they re-use, what they refuse."""
 
 import itertools
+import types
 
 import diffusers
 import numpy as np
@@ -292,12 +293,7 @@ def test_windows_are_cut_from_the_view():
 def test_moments_bring_the_windows_means_together_and_change_no_canvas_mean():
     plan = plan_of(16, 16)
     level = Level(0.6, 0.8, "v_prediction")
-
-    class Context:
-        pass
-
-    context = Context()
-    context.level = level
+    context = types.SimpleNamespace(level=level)
     clean = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     clean[..., :8] += 2
     x = torch.randn_like(clean)
@@ -375,10 +371,8 @@ def refused(error, match, **keywords):
 def test_unknown_bridges_are_refused_before_any_evaluation():
     for name in ("shfit", "", "shift+", "shift+none", "Shift"):
         refused(ValueError, "bridging: expected one of none, default, shift", bridging=name)
-    for thing in (3, ["shift"], Shift):
-        refused((TypeError, ValueError), "bridging", bridging=thing) if thing is not Shift else None
-    with pytest.raises(TypeError, match="bridging: expected a name or a bridge, got int"):
-        bridging.bridge(3)
+    for thing in (3, ["shift"]):
+        refused(TypeError, f"bridging: expected a name or a bridge, got {type(thing).__name__}", bridging=thing)
 
 
 def test_bridges_that_choose_the_same_cannot_be_joined():
