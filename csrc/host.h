@@ -78,6 +78,11 @@ std::tuple<Tensor, Tensor> guided_step(Tensor cond, OptionalTensor uncond, Tenso
                                        Tensor history, Tensor coefficients, Tensor keep, double guidance_scale,
                                        OptionalTensor guidance_map, Tensor origins, Tensor cover_start,
                                        Tensor cover_index, Geometry geometry);
+Tensor regional_attention(Tensor query, Tensor key, Tensor value, Tensor prompt_ids, Tensor weights, bool joint,
+                          double scale);
+std::tuple<Tensor, Tensor, Tensor> regional_attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value,
+                                                               Tensor prompt_ids, Tensor weights, bool joint,
+                                                               double scale);
 Tensor take_rows(Tensor source, Tensor rows);
 void put_rows(Tensor target, Tensor rows, Tensor values);
 

@@ -5,4 +5,6 @@ STABLE_TORCH_LIBRARY_IMPL(instantas_cuda, CUDA, library) {
   library.impl("gather_windows", TORCH_BOX(&instantas::gather_windows));
   library.impl("scatter_windows", TORCH_BOX(&instantas::scatter_windows));
   library.impl("guided_step", TORCH_BOX(&instantas::guided_step));
+  library.impl("regional_attention", TORCH_BOX(&instantas::regional_attention));
+  library.impl("regional_attention_backward", TORCH_BOX(&instantas::regional_attention_backward));
 }

@@ -4,37 +4,10 @@
 // thread, which reads what it needs: no atomics.
 #pragma once
 
-#include "device.cuh"
+#include "pack.cuh"
 #include "plan.cuh"
 
 namespace instantas {
-
-template <class T, int WIDTH>
-struct alignas(sizeof(T) * WIDTH) Pack {
-  T element[WIDTH];
-};
-
-template <int WIDTH, class T>
-__device__ __forceinline__ Pack<T, WIDTH> load(const T* address) {
-  return *reinterpret_cast<const Pack<T, WIDTH>*>(address);
-}
-
-template <int WIDTH, class T>
-__device__ __forceinline__ void store(T* address, const Pack<T, WIDTH>& pack) {
-  *reinterpret_cast<Pack<T, WIDTH>*>(address) = pack;
-}
-
-// WIDTH consecutive numbers, by 16 bytes at most.
-template <int WIDTH>
-__device__ __forceinline__ void load_floats(float (&values)[WIDTH], const float* address) {
-  constexpr int SIZE = WIDTH < 4 ? WIDTH : 4;
-#pragma unroll
-  for (int i = 0; i < WIDTH; i += SIZE) {
-    const Pack<float, SIZE> pack = load<SIZE>(address + i);
-#pragma unroll
-    for (int e = 0; e < SIZE; ++e) values[i + e] = pack.element[e];
-  }
-}
 
 constexpr int GATHER_THREADS = 256;
 constexpr int GATHER_PACKS = 4;  // per thread, all read before the first is written

@@ -12,6 +12,8 @@ STABLE_TORCH_LIBRARY_IMPL(instantas_cuda, CPU, library) {
   library.impl("gather_windows", TORCH_BOX(&instantas::gather_windows));
   library.impl("scatter_windows", TORCH_BOX(&instantas::scatter_windows));
   library.impl("guided_step", TORCH_BOX(&instantas::guided_step));
+  library.impl("regional_attention", TORCH_BOX(&instantas::regional_attention));
+  library.impl("regional_attention_backward", TORCH_BOX(&instantas::regional_attention_backward));
 }
 
 STABLE_TORCH_LIBRARY(instantas_emulation, library) {

@@ -1,0 +1,266 @@
+// Device kernel of regional attention on the tensor cores, for float16 and bfloat16. Free of torch.
+//
+// Each warp owns 16 queries. Logits and probabilities stay in registers in the layout of mma.m16n8k16, where 77 tokens
+// pad to 80. Probabilities enter the second product as a sum of two 16-bit numbers: rounded to one they would double the
+// error of the result. Every architecture since sm_80 runs this kernel, sm_90a too: whether wgmma is faster there is not
+// measured.
+#pragma once
+
+#include "regions.cuh"
+
+namespace instantas {
+
+// DEPTH: the head size, padded to a multiple of 16.
+template <int DEPTH>
+struct Tile {
+  static constexpr int WARPS = DEPTH <= 64 ? 8 : 4;
+  static constexpr int ROWS = 16 * WARPS;
+  static constexpr int BLOCKS = DEPTH <= 64 ? 2 : DEPTH <= 128 ? 3 : 2;  // that share a multiprocessor's registers
+  static constexpr int TOKENS = DEPTH <= 160 ? 80 : 48;  // staged at a time
+  static constexpr int PITCH = DEPTH + 8;  // elements between rows: the 8 rows of a matrix lie in different banks
+  static constexpr int MATRICES = (ROWS + 2 * TOKENS) * PITCH * 2;  // bytes
+};
+
+template <class T>
+__device__ __forceinline__ unsigned join(float low, float high) {
+  const T pair[2] = {narrow<T>(low), narrow<T>(high)};
+  unsigned word;
+  memcpy(&word, pair, sizeof word);
+  return word;
+}
+
+// Rows of `depth` elements, `stride` apart in memory, into shared memory: zeros past the last element and row.
+template <int ROWS, int DEPTH, class T>
+__device__ __forceinline__ void stage(T* shared, const T* rows, int count, int64_t stride, int depth, bool aligned) {
+  constexpr int PITCH = DEPTH + 8, PACKS = DEPTH / 8;
+  if (aligned) {
+    for (int i = threadIdx.x; i < ROWS * PACKS; i += blockDim.x) {
+      const int row = i / PACKS, d = i % PACKS * 8;
+      const bool inside = row < count && d < depth;
+      copy_async(shared + row * PITCH + d, inside ? rows + row * stride + d : rows, inside);
+    }
+  } else {
+    for (int i = threadIdx.x; i < ROWS * DEPTH; i += blockDim.x) {
+      const int row = i / DEPTH, d = i % DEPTH;
+      shared[row * PITCH + d] = row < count && d < depth ? rows[row * stride + d] : narrow<T>(0.0f);
+    }
+  }
+  close_copy_group();
+}
+
+// logits = query key^T for the 16 rows at `query` and the first `count` tokens at `key`, scaled; -inf past them.
+template <int DEPTH, int PAIRS, class T>
+__device__ __forceinline__ void find_logits(float (&logits)[2 * PAIRS][4], const T* query, const T* key, int count,
+                                            float scale) {
+  constexpr int PITCH = DEPTH + 8;
+  const int lane = threadIdx.x % WARP;
+#pragma unroll
+  for (int tile = 0; tile < 2 * PAIRS; ++tile)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) logits[tile][i] = 0.0f;
+#pragma unroll
+  for (int d = 0; d < DEPTH; d += 16) {
+    unsigned a[4];
+    load_matrices(a, query + lane % 16 * PITCH + d + lane / 16 * 8);
+#pragma unroll
+    for (int pair = 0; pair < PAIRS; ++pair) {
+      if (pair * 16 >= count) break;
+      unsigned b[4];
+      load_matrices(b, key + (pair * 16 + lane / 16 * 8 + lane % 8) * PITCH + d + lane / 8 % 2 * 8);
+      multiply_add(logits[2 * pair], a, b[0], b[1], T{});
+      multiply_add(logits[2 * pair + 1], a, b[2], b[3], T{});
+    }
+  }
+#pragma unroll
+  for (int tile = 0; tile < 2 * PAIRS; ++tile)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int token = tile * 8 + lane % 4 * 2 + i % 2;
+      logits[tile][i] = token < count ? logits[tile][i] * scale : -INFINITY;
+    }
+}
+
+// result += probabilities value for the first `count` tokens at `value`.
+template <int DEPTH, int PAIRS, class T>
+__device__ __forceinline__ void add_values(float (&result)[DEPTH / 8][4], const float (&probabilities)[2 * PAIRS][4],
+                                           const T* value, int count) {
+  constexpr int PITCH = DEPTH + 8;
+  const int lane = threadIdx.x % WARP;
+#pragma unroll
+  for (int pair = 0; pair < PAIRS; ++pair) {
+    if (pair * 16 >= count) break;
+    unsigned high[4], low[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float first = probabilities[2 * pair + i / 2][i % 2 * 2], second = probabilities[2 * pair + i / 2][i % 2 * 2 + 1];
+      high[i] = join<T>(first, second);
+      low[i] = join<T>(first - widen(narrow<T>(first)), second - widen(narrow<T>(second)));
+    }
+#pragma unroll
+    for (int d = 0; d < DEPTH; d += 16) {
+      unsigned b[4];
+      load_matrices_transposed(b, value + (pair * 16 + lane % 16) * PITCH + d + lane / 16 * 8);
+      multiply_add(result[d / 8], high, b[0], b[1], T{});
+      multiply_add(result[d / 8 + 1], high, b[2], b[3], T{});
+      multiply_add(result[d / 8], low, b[0], b[1], T{});
+      multiply_add(result[d / 8 + 1], low, b[2], b[3], T{});
+    }
+  }
+}
+
+// The running softmax of rows g and g + 8, known to the 4 lanes that share them: the largest logit so far, and the sum of
+// the exponentials relative to it.
+struct Softmax {
+  float largest[2] = {-INFINITY, -INFINITY};
+  float sum[2] = {0.0f, 0.0f};
+
+  // Takes in logits + bias: the factors of what was summed before.
+  template <int TILES>
+  __device__ __forceinline__ void raise(const float (&logits)[TILES][4], const float (&bias)[2], float (&factor)[2]) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float value = -INFINITY;
+#pragma unroll
+      for (int tile = 0; tile < TILES; ++tile)
+        value = fmaxf(value, fmaxf(logits[tile][2 * half], logits[tile][2 * half + 1]));
+      value = fmaxf(value, shuffle_xor(value, 1));
+      value = fmaxf(value, shuffle_xor(value, 2));
+      const float raised = fmaxf(largest[half], value + bias[half]);
+      factor[half] = power_of_two(largest[half] - (raised == -INFINITY ? 0.0f : raised));
+      sum[half] *= factor[half];
+      largest[half] = raised;
+    }
+  }
+
+  // logits -> exponentials, which go into the sum if `summing`.
+  template <int TILES>
+  __device__ __forceinline__ void exponentiate(float (&logits)[TILES][4], const float (&bias)[2], bool summing) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float offset = bias[half] - (largest[half] == -INFINITY ? 0.0f : largest[half]);
+      float value = 0.0f;
+#pragma unroll
+      for (int tile = 0; tile < TILES; ++tile)
+#pragma unroll
+        for (int i = 2 * half; i < 2 * half + 2; ++i) {
+          logits[tile][i] = power_of_two(logits[tile][i] + offset);
+          value += logits[tile][i];
+        }
+      value += shuffle_xor(value, 1);
+      value += shuffle_xor(value, 2);
+      if (summing) sum[half] += value;
+    }
+  }
+};
+
+template <class T, int DEPTH>
+__global__ void __launch_bounds__(Tile<DEPTH>::WARPS* WARP, Tile<DEPTH>::BLOCKS)
+    attention_kernel(Attention<T> attention) {
+  constexpr int ROWS = Tile<DEPTH>::ROWS, TOKENS = Tile<DEPTH>::TOKENS, PITCH = Tile<DEPTH>::PITCH, PAIRS = TOKENS / 16;
+  T* const queries = reinterpret_cast<T*>(shared_memory());
+  T* const keys = queries + ROWS * PITCH;
+  T* const values = keys + TOKENS * PITCH;
+  Present<ROWS> present(shared_memory() + Tile<DEPTH>::MATRICES);
+
+  const int tiles = (attention.queries + ROWS - 1) / ROWS;
+  const int head = blockIdx.x % attention.heads, first = blockIdx.x / attention.heads % tiles * ROWS;
+  const int64_t image = blockIdx.x / attention.heads / tiles;
+  const int64_t stride = int64_t{attention.heads} * attention.depth;
+  const int lane = threadIdx.x % WARP, own = threadIdx.x / WARP * 16;  // the warp's first row
+  T* const own_queries = queries + own * PITCH;
+
+  stage<ROWS, DEPTH>(queries, attention.query + attention.query_offset(image, first, head), attention.queries - first,
+                     stride, attention.depth, attention.aligned);
+  present.find(attention, image, first);
+  sync_block();
+
+  float result[DEPTH / 8][4] = {};
+  Softmax softmax;  // jointly of all prompts, else of the present one
+  for (int slot = 0; slot < attention.slots; ++slot) {
+    if (!present.anywhere(slot)) continue;
+    const int prompt = attention.prompt(image, slot);
+    const bool concerned = present.template among<16>(slot, own);
+    float share[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = own + lane / 4 + 8 * half;
+      share[half] = attention.weight(image, slot, first + row) / present.norm(row);
+    }
+    if (!attention.joint) softmax = Softmax();
+
+    // a softmax of its own over more tokens than are staged at once takes two passes: its sum, then its terms
+    const bool twice = !attention.joint && attention.tokens > TOKENS;
+    for (int pass = twice ? 0 : 1; pass < 2; ++pass) {
+      const bool summing = pass == 0 || !twice;
+      for (int start = 0; start < attention.tokens; start += TOKENS) {
+        const int count = attention.tokens - start;
+        const int64_t offset = attention.key_offset(prompt, start, head);
+        sync_block();
+        stage<TOKENS, DEPTH>(keys, attention.key + offset, count, stride, attention.depth, attention.aligned);
+        if (pass == 1)
+          stage<TOKENS, DEPTH>(values, attention.value + offset, count, stride, attention.depth, attention.aligned);
+        else
+          close_copy_group();
+        wait_for_copies<1>();
+        sync_block();
+        float logits[2 * PAIRS][4];
+        if (concerned) {
+          find_logits<DEPTH, PAIRS>(logits, own_queries, keys, count, attention.scale2);
+          // jointly the share is a term of the exponent, so that no term exceeds 1
+          const float bias[2] = {attention.joint ? log2f(share[0]) : 0.0f, attention.joint ? log2f(share[1]) : 0.0f};
+          if (summing) {
+            float factor[2];
+            softmax.raise(logits, bias, factor);
+            if (attention.joint) {
+#pragma unroll
+              for (int d = 0; d < DEPTH / 8; ++d)
+#pragma unroll
+                for (int i = 0; i < 4; ++i) result[d][i] *= factor[i / 2];
+            }
+          }
+          softmax.exponentiate(logits, bias, summing);
+          if (!attention.joint && pass == 1) {
+#pragma unroll
+            for (int tile = 0; tile < 2 * PAIRS; ++tile)
+#pragma unroll
+              for (int i = 0; i < 4; ++i) logits[tile][i] *= share[i / 2] / softmax.sum[i / 2];
+          }
+        }
+        wait_for_copies<0>();
+        sync_block();
+        if (concerned && pass == 1) add_values<DEPTH, PAIRS>(result, logits, values, count);
+      }
+    }
+  }
+
+  // through shared memory, where the warp's queries were: rows leave in packs of 16 bytes
+  wait_for_copies<0>();
+  sync_block();
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const float divisor = attention.joint && softmax.sum[half] > 0.0f ? softmax.sum[half] : 1.0f;
+    T* row = own_queries + (lane / 4 + 8 * half) * PITCH + lane % 4 * 2;
+#pragma unroll
+    for (int d = 0; d < DEPTH / 8; ++d) {
+      const unsigned word = join<T>(result[d][2 * half] / divisor, result[d][2 * half + 1] / divisor);
+      memcpy(row + d * 8, &word, sizeof word);
+    }
+  }
+  sync_warp();
+  T* const out = attention.out + attention.query_offset(image, first + own, head);
+  const int count = attention.queries - first - own;
+  if (attention.aligned) {
+    for (int i = lane; i < 16 * (DEPTH / 8); i += WARP) {
+      const int row = i / (DEPTH / 8), d = i % (DEPTH / 8) * 8;
+      if (row < count && d < attention.depth)
+        store<8>(out + row * stride + d, load<8>(own_queries + row * PITCH + d));
+    }
+  } else {
+    for (int i = lane; i < 16 * DEPTH; i += WARP) {
+      const int row = i / DEPTH, d = i % DEPTH;
+      if (row < count && d < attention.depth) out[row * stride + d] = own_queries[row * PITCH + d];
+    }
+  }
+}
+
+}  // namespace instantas

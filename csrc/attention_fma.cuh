@@ -1,0 +1,218 @@
+// Device kernel of regional attention in float32 arithmetic, for float32; what it shares with the backward pass. Free of
+// torch.
+//
+// A warp owns a few queries, a lane one of 32 staged tokens; for products with values a lane owns every 32nd element.
+#pragma once
+
+#include "regions.cuh"
+
+namespace instantas {
+
+constexpr int FMA_WARPS = 4;
+constexpr int FMA_THREADS = FMA_WARPS * WARP;
+constexpr int FMA_DEPTH = 256;               // the largest head size
+constexpr int FMA_PARTS = FMA_DEPTH / WARP;  // elements of a row in one lane
+constexpr int FMA_TOKENS = WARP;             // staged at a time
+
+// Between the rows of tokens, odd: the lanes' rows lie in different banks.
+INSTANTAS_INLINE int pitch_of(int depth) { return depth | 1; }
+
+// `rows` rows of float32 into shared memory, zeros from `count` on.
+template <class T>
+__device__ __forceinline__ void stage_floats(float* shared, int rows, int pitch, const T* source, int count,
+                                             int64_t stride, int depth) {
+  for (int i = threadIdx.x; i < rows * depth; i += blockDim.x) {
+    const int row = i / depth, d = i % depth;
+    shared[row * pitch + d] = row < count ? widen(source[row * stride + d]) : 0.0f;
+  }
+}
+
+// dots[r] = rows[r] . column, for rows `depth` apart.
+template <int ROWS>
+__device__ __forceinline__ void find_dots(float (&dots)[ROWS], const float* rows, const float* column, int depth) {
+#pragma unroll
+  for (int r = 0; r < ROWS; ++r) dots[r] = 0.0f;
+  for (int d = 0; d < depth; ++d) {
+    const float element = column[d];
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) dots[r] += rows[r * depth + d] * element;
+  }
+}
+
+// sums[r] += the lanes' factors[r] times their rows at `tokens`, which are added up by themselves first: long sums keep
+// their digits.
+template <int ROWS>
+__device__ __forceinline__ void add_rows(float (&sums)[ROWS][FMA_PARTS], const float (&factors)[ROWS],
+                                         const float* tokens, int count, int pitch, int depth) {
+  const int lane = threadIdx.x % WARP;
+  float staged[ROWS][FMA_PARTS] = {};
+  for (int token = 0; token < (count < FMA_TOKENS ? count : FMA_TOKENS); ++token) {
+    float factor[ROWS];
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) factor[r] = shuffle(factors[r], token);
+#pragma unroll
+    for (int part = 0; part < FMA_PARTS; ++part) {
+      const int d = part * WARP + lane;
+      if (d >= depth) break;
+      const float element = tokens[token * pitch + d];
+#pragma unroll
+      for (int r = 0; r < ROWS; ++r) staged[r][part] += factor[r] * element;
+    }
+  }
+#pragma unroll
+  for (int r = 0; r < ROWS; ++r)
+#pragma unroll
+    for (int part = 0; part < FMA_PARTS; ++part) sums[r][part] += staged[r][part];
+}
+
+__device__ __forceinline__ float warp_sum(float value) {
+#pragma unroll
+  for (int mask = WARP / 2; mask > 0; mask /= 2) value += shuffle_xor(value, mask);
+  return value;
+}
+
+__device__ __forceinline__ float warp_largest(float value) {
+#pragma unroll
+  for (int mask = WARP / 2; mask > 0; mask /= 2) value = fmaxf(value, shuffle_xor(value, mask));
+  return value;
+}
+
+// The softmax of one row so far, over its weighted terms: exponentials relative to the largest, times the share.
+struct RunningSoftmax {
+  float largest = -INFINITY;
+  float sum = 0.0f;
+
+  // Takes in a logit per lane: returns the lane's term, and the factor of what was summed before. The share is a factor
+  // and not a logarithm in the exponent, which would cost digits; no term exceeds 1 all the same.
+  __device__ __forceinline__ float add(float logit, float share, float& factor) {
+    float raised = warp_largest(logit);
+    if (share > 0.0f) raised += log2f(share);
+    raised = fmaxf(largest, raised);
+    const float anchor = raised == -INFINITY ? 0.0f : raised;
+    factor = exp2f(largest - anchor);
+    const float term = share * exp2f(logit - anchor);
+    sum = sum * factor + warp_sum(term);
+    largest = raised;
+    return term;
+  }
+};
+
+// A block's tile of queries, and the tokens it has staged.
+template <class T, int ROWS_OF_WARP>
+struct FmaTile {
+  static constexpr int ROWS = FMA_WARPS * ROWS_OF_WARP;
+  const Attention<T>& attention;
+  float *queries, *keys, *values;
+  int pitch, head, first, own;
+  int64_t image, stride;
+
+  __device__ __forceinline__ FmaTile(const Attention<T>& given, float* shared)
+      : attention(given), queries(shared), keys(queries + ROWS * given.depth), pitch(pitch_of(given.depth)) {
+    values = keys + FMA_TOKENS * pitch;
+    const int tiles = (given.queries + ROWS - 1) / ROWS;
+    head = blockIdx.x % given.heads;
+    first = blockIdx.x / given.heads % tiles * ROWS;
+    image = blockIdx.x / given.heads / tiles;
+    own = threadIdx.x / WARP * ROWS_OF_WARP;
+    stride = int64_t{given.heads} * given.depth;
+    stage_floats(queries, ROWS, given.depth, given.query + given.query_offset(image, first, head),
+                 given.queries - first, stride, given.depth);
+  }
+
+  __device__ __forceinline__ float* end() const { return values + FMA_TOKENS * pitch; }
+
+  __device__ __forceinline__ void stage_tokens(int prompt, int start) const {
+    const int64_t offset = attention.key_offset(prompt, start, head);
+    const int count = attention.tokens - start;
+    sync_block();
+    stage_floats(keys, FMA_TOKENS, pitch, attention.key + offset, count, stride, attention.depth);
+    stage_floats(values, FMA_TOKENS, pitch, attention.value + offset, count, stride, attention.depth);
+    sync_block();
+  }
+
+  // In base 2; -inf past the last token and for rows without a share.
+  __device__ __forceinline__ void find_logits(float (&logits)[ROWS_OF_WARP], const float (&share)[ROWS_OF_WARP],
+                                              int start) const {
+    const int lane = threadIdx.x % WARP;
+    find_dots(logits, queries + own * attention.depth, keys + lane * pitch, attention.depth);
+#pragma unroll
+    for (int r = 0; r < ROWS_OF_WARP; ++r)
+      logits[r] = start + lane < attention.tokens && share[r] > 0.0f ? logits[r] * attention.scale2 : -INFINITY;
+  }
+
+  template <class Norms>
+  __device__ __forceinline__ void find_shares(float (&share)[ROWS_OF_WARP], const Norms& norms, int slot) const {
+#pragma unroll
+    for (int r = 0; r < ROWS_OF_WARP; ++r)
+      share[r] = attention.weight(image, slot, first + own + r) / norms.norm(own + r);
+  }
+
+  // result[row of the warp][every 32nd element] into the rows of `out`.
+  __device__ __forceinline__ void store_rows(T* out, const float (&result)[ROWS_OF_WARP][FMA_PARTS]) const {
+    const int lane = threadIdx.x % WARP;
+#pragma unroll
+    for (int r = 0; r < ROWS_OF_WARP; ++r) {
+      if (first + own + r >= attention.queries) break;
+      T* row = out + attention.query_offset(image, first + own + r, head);
+#pragma unroll
+      for (int part = 0; part < FMA_PARTS; ++part)
+        if (part * WARP + lane < attention.depth) row[part * WARP + lane] = narrow<T>(result[r][part]);
+    }
+  }
+};
+
+constexpr int FMA_ROWS_OF_WARP = 4;
+constexpr int FMA_ROWS = FMA_WARPS * FMA_ROWS_OF_WARP;
+
+inline int fma_shared(int rows, int depth) { return (rows * depth + 2 * FMA_TOKENS * pitch_of(depth)) * 4; }
+
+__global__ void __launch_bounds__(FMA_THREADS) attention_fma_kernel(Attention<float> attention) {
+  constexpr int ROWS = FMA_ROWS_OF_WARP;
+  const FmaTile<float, ROWS> tile(attention, reinterpret_cast<float*>(shared_memory()));
+  Present<FMA_ROWS> present(reinterpret_cast<char*>(tile.end()));
+  present.find(attention, tile.image, tile.first);
+  sync_block();
+
+  float result[ROWS][FMA_PARTS] = {}, mixed[ROWS][FMA_PARTS] = {};
+  RunningSoftmax softmax[ROWS];
+  for (int slot = 0; slot < attention.slots; ++slot) {
+    if (!present.anywhere(slot)) continue;
+    const bool concerned = present.template among<ROWS>(slot, tile.own);
+    float share[ROWS];
+    tile.find_shares(share, present, slot);
+    for (int start = 0; start < attention.tokens; start += FMA_TOKENS) {
+      tile.stage_tokens(attention.prompt(tile.image, slot), start);
+      if (!concerned) continue;
+      float terms[ROWS];
+      tile.find_logits(terms, share, start);
+#pragma unroll
+      for (int r = 0; r < ROWS; ++r) {
+        float factor;
+        terms[r] = softmax[r].add(terms[r], attention.joint ? share[r] : 1.0f, factor);
+#pragma unroll
+        for (int part = 0; part < FMA_PARTS; ++part) mixed[r][part] *= factor;
+      }
+      add_rows(mixed, terms, tile.values, attention.tokens - start, tile.pitch, attention.depth);
+    }
+    if (attention.joint || !concerned) continue;
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) {
+#pragma unroll
+      for (int part = 0; part < FMA_PARTS; ++part) {
+        if (share[r] > 0.0f) result[r][part] += mixed[r][part] * (share[r] / softmax[r].sum);
+        mixed[r][part] = 0.0f;
+      }
+      softmax[r] = RunningSoftmax();
+    }
+  }
+  if (attention.joint) {
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r)
+#pragma unroll
+      for (int part = 0; part < FMA_PARTS; ++part)
+        result[r][part] = softmax[r].sum == 0.0f ? 0.0f : mixed[r][part] / softmax[r].sum;
+  }
+  tile.store_rows(attention.out, result);
+}
+
+}  // namespace instantas

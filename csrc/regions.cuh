@@ -1,0 +1,88 @@
+// Regional attention: the operation's sizes and addresses, and which prompts have weight in a tile of queries.
+//
+// A block owns a tile of queries of one head. It looks at the weights of all regions once, and then visits only the
+// prompts that have weight in the tile: the cost follows the regions that meet there, not their number.
+#pragma once
+
+#include "pack.cuh"
+
+namespace instantas {
+
+template <class T>
+struct Attention {
+  const T *query, *key, *value;  // (B, N, heads, D), (P, L, heads, D)
+  T* out;
+  const int32_t* prompt_ids;  // (B, R); an id outside 0 .. P - 1 is an unused slot
+  const float* weights;       // (B, R, N)
+  int queries, heads, depth, prompts, tokens, slots;
+  float scale;   // of the logits
+  float scale2;  // of the logits in base 2
+  bool joint;    // one softmax over all prompts, not one for each
+  bool aligned;  // rows are multiples of 16 bytes at multiples of 16 bytes
+
+  __device__ __forceinline__ int64_t query_offset(int64_t image, int row, int head) const {
+    return ((image * queries + row) * heads + head) * depth;
+  }
+  __device__ __forceinline__ int64_t key_offset(int64_t prompt, int token, int head) const {
+    return ((prompt * tokens + token) * heads + head) * depth;
+  }
+  // The prompt of a slot, or -1.
+  __device__ __forceinline__ int prompt(int64_t image, int slot) const {
+    const int id = prompt_ids[image * slots + slot];
+    return id < prompts ? id : -1;
+  }
+  __device__ __forceinline__ float weight(int64_t image, int slot, int row) const {
+    return row < queries ? weights[(image * slots + slot) * queries + row] : 0.0f;
+  }
+};
+
+// Which of a tile's rows have weight in which slot, and what a row's weights are relative to: their sum, or jointly the
+// largest; 1 for a row without weight. In shared memory: size(slots) bytes of it.
+template <int ROWS>
+class Present {
+ public:
+  static constexpr int WORDS = (ROWS + WARP - 1) / WARP;
+
+  static INSTANTAS_INLINE int size(int slots) { return (ROWS + slots * WORDS) * 4; }
+
+  __device__ __forceinline__ explicit Present(char* shared)
+      : norm_(reinterpret_cast<float*>(shared)), words_(reinterpret_cast<unsigned*>(shared) + ROWS) {}
+
+  // By all threads of the block, at least as many as rows rounded up to whole warps; then the block has to meet.
+  template <class T>
+  __device__ __forceinline__ void find(const Attention<T>& attention, int64_t image, int first) {
+    const int row = threadIdx.x;
+    if (row >= WORDS * WARP) return;
+    float norm = 0.0f;
+#pragma unroll 4
+    for (int slot = 0; slot < attention.slots; ++slot) {
+      float weight = 0.0f;
+      if (row < ROWS && attention.prompt(image, slot) >= 0) weight = attention.weight(image, slot, first + row);
+      norm = attention.joint ? fmaxf(norm, weight) : norm + weight;
+      const unsigned rows = ballot(weight > 0.0f);
+      if (row % WARP == 0) words_[slot * WORDS + row / WARP] = rows;
+    }
+    if (row < ROWS) norm_[row] = norm > 0.0f ? norm : 1.0f;
+  }
+
+  __device__ __forceinline__ bool anywhere(int slot) const {
+    unsigned rows = 0;
+#pragma unroll
+    for (int i = 0; i < WORDS; ++i) rows |= words_[slot * WORDS + i];
+    return rows != 0;
+  }
+
+  // Among COUNT rows from `row`, a multiple of COUNT, which is less than 32.
+  template <int COUNT>
+  __device__ __forceinline__ bool among(int slot, int row) const {
+    return (words_[slot * WORDS + row / WARP] >> row % WARP & ((1u << COUNT) - 1)) != 0;
+  }
+
+  __device__ __forceinline__ float norm(int row) const { return norm_[row]; }
+
+ private:
+  float* norm_;
+  unsigned* words_;
+};
+
+}  // namespace instantas
