@@ -443,6 +443,7 @@ def _grad_key_value_kernel(
                 peak = tl.load(saved, used, other=0)
                 factor = tl.load(saved + plane, used, other=0)
                 mean = tl.load(saved + plane + plane, used, other=0)
+                used = factor != 0  # a weight may be too small to count
                 q_at = query + (b * stride_qb + row.to(tl.int64) * stride_qn + head * stride_qh) * ALIGN
                 g_at = grad + (b * stride_gb + row.to(tl.int64) * stride_gn + head * stride_gh) * ALIGN
                 q = _rows(q_at, row < n, 0, D, DEPTH, OPERAND)
