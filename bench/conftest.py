@@ -9,14 +9,12 @@ the backend that is its default.
 from __future__ import annotations
 
 import itertools
-import json
 from pathlib import Path
 
 import pytest
 import torch
 
-from instantas.bench import compare, machine
-from instantas.files import whole_file
+from instantas.bench import compare, keep
 
 RESULTS = Path(__file__).parent / "results"
 _comparisons = {}
@@ -68,10 +66,6 @@ def pytest_terminal_summary(terminalreporter, config):
         terminalreporter.write_line("\n" + result.table())
     if _comparisons:
         path = RESULTS / f"operations-{config.getoption('device')}.json"
-        known = json.loads(path.read_text()) if path.exists() else {}
-        facts = machine(config.getoption("device"))
-        known |= {title: result.as_dict() | {"machine": facts} for title, result in _comparisons.items()}
         RESULTS.mkdir(exist_ok=True)
-        with whole_file(path) as part:
-            part.write_text(json.dumps(known, indent=1) + "\n")
+        keep(path, {title: result.as_dict() for title, result in _comparisons.items()}, config.getoption("device"))
         terminalreporter.write_line(f"\nkept in {path.relative_to(RESULTS.parent.parent)}")

@@ -9,7 +9,10 @@ beforehand; elsewhere it is `time.perf_counter`. Needs only torch.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
+import json
+import os
 import platform
 import statistics
 import time
@@ -19,6 +22,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
+
+from instantas.files import whole_file
 
 RIVAL_ROUNDINGS = 8  # a rival may round what it computes on the way: units in the last place of the largest result
 _CACHE = 1 << 26  # bytes, where the system does not say
@@ -192,6 +197,35 @@ def cache_bytes(device: torch.device) -> int:
     sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
     # sysconf would count the caches of all processors of the machine
     return max((int(size.removesuffix("K")) << 10 for size in sizes if size.endswith("K")), default=_CACHE)
+
+
+def peak_memory(run: Callable[[], object], device: torch.device | str = "cpu") -> int:
+    """Bytes by which the memory in use rises at most while `run` runs. Of the whole process on a CPU (Linux)."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        return torch.cuda.max_memory_allocated(device) - before
+    ctypes.CDLL(None).malloc_trim(0)  # what earlier work has freed would hide what this one takes
+    Path("/proc/self/clear_refs").write_text("5")  # sets the peak to the present size
+    before = _resident("VmHWM")
+    run()
+    return _resident("VmHWM") - before
+
+
+def _resident(entry):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(entry))
+
+
+def keep(path: str | os.PathLike, results: Mapping[str, object], device: torch.device | str = "cpu") -> None:
+    """Write results to a JSON file under their names, each with `machine`; others that the file has stay."""
+    path, facts = Path(path), machine(device)
+    known = json.loads(path.read_text()) if path.exists() else {}
+    known |= {name: {"machine": facts, **result} for name, result in results.items()}
+    with whole_file(path) as part:
+        part.write_text(json.dumps(known, indent=1) + "\n")
 
 
 # Checking

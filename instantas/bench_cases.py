@@ -1,7 +1,7 @@
 """The comparisons: every operation, on every backend that can run, against its rivals (`instantas.rivals`).
 
 Each function makes inputs of the shape asked for, declares the bytes and operations that the work needs at least, and
-hands all contenders to `instantas.bench.compare`, whose keywords it passes on.
+hands all contenders to `instantas.bench.compare`, or a function called like it, whose keywords it passes on.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ def gather(
     dtype=torch.float32,
     compiled=False,
     left_out: Iterable[str] = (),
+    measure: Callable[..., Comparison] = compare,
     **options,
 ):
     """ops.gather_windows."""
@@ -39,7 +40,7 @@ def gather(
 
     ours, absent = contenders("gather_windows", lambda x: ops.gather_windows(x, plan), device, left_out)
     theirs, missing = rivals.gather(plan, device, compiled=compiled)
-    return compare(
+    return measure(
         f"gather_windows, {_geometry(plan, batch, channels)}",
         inputs,
         ours,
@@ -61,6 +62,7 @@ def scatter(
     dtype=torch.float32,
     compiled=False,
     left_out: Iterable[str] = (),
+    measure: Callable[..., Comparison] = compare,
     **options,
 ):
     """ops.scatter_windows; weight: a kind of overlap weight."""
@@ -72,7 +74,7 @@ def scatter(
 
     ours, absent = contenders("scatter_windows", lambda x: ops.scatter_windows(x, plan, weight), device, left_out)
     theirs, missing = rivals.scatter(plan, weight, device, dtype, compiled=compiled)
-    return compare(
+    return measure(
         f"scatter_windows, {_geometry(plan, batch, channels)}{', weighted' if weight is not None else ''}",
         inputs,
         ours,
@@ -95,6 +97,7 @@ def step(
     dtype=torch.float32,
     compiled=False,
     left_out: Iterable[str] = (),
+    measure: Callable[..., Comparison] = compare,
     **options,
 ):
     """ops.guided_step with guidance; history: entries that the scheduler looks back."""
@@ -118,7 +121,7 @@ def step(
 
     ours, absent = contenders("guided_step", run, device, left_out)
     theirs, missing = rivals.step(plan, weight, coefficients, GUIDANCE, KEEP, device, dtype, compiled=compiled)
-    return compare(
+    return measure(
         f"guided_step, {_geometry(plan, batch, channels)}, history {history}",
         inputs,
         ours,
@@ -144,6 +147,7 @@ def attention(
     dtype=torch.float32,
     compiled=False,
     left_out: Iterable[str] = (),
+    measure: Callable[..., Comparison] = compare,
     **options,
 ):
     """ops.regional_attention; the regions are upright stripes of every window's queries, or overlap everywhere."""
@@ -158,7 +162,7 @@ def attention(
     wanted = int((weights > 0).sum())  # pairs of a query and a prompt
     moved = 2 * windows * queries * heads * depth + 2 * regions * tokens * heads * depth
     shape = f"{windows} x {queries} queries, {heads} x {depth}, {tokens} tokens"
-    return compare(
+    return measure(
         f"regional_attention, {shape}, {regions} {'soft' if soft else 'hard'} region{'s' * (regions > 1)}, {mode}",
         bank_inputs(regions, windows, queries, heads, depth, tokens, device, dtype),
         ours,

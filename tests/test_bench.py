@@ -219,3 +219,26 @@ def test_facts_of_the_machine():
     facts = bench.machine()
     assert {"device", "torch", "python", "threads", "date"} <= set(facts)
     assert bench.cache_bytes(torch.device("cpu")) > 1 << 18
+
+
+def test_peak_memory_is_what_was_held_at_once():
+    size = 1 << 26
+
+    def one_after_the_other():
+        for _ in range(3):
+            torch.ones(size // 4)
+
+    def together():
+        return [torch.ones(size // 4) for _ in range(3)]
+
+    assert 0.9 * size < bench.peak_memory(one_after_the_other) < 1.2 * size
+    assert 2.9 * size < bench.peak_memory(together) < 3.2 * size
+    assert 0.9 * size < bench.peak_memory(one_after_the_other) < 1.2 * size  # earlier peaks are forgotten
+
+
+def test_results_are_kept_beside_those_of_other_runs(tmp_path):
+    bench.keep(tmp_path / "r.json", {"a": {"seconds": 1}, "b": {"seconds": 2}})
+    bench.keep(tmp_path / "r.json", {"b": {"seconds": 3}})
+    kept = json.loads((tmp_path / "r.json").read_text())
+    assert (kept["a"]["seconds"], kept["b"]["seconds"]) == (1, 3)
+    assert kept["a"]["machine"]["torch"] == torch.__version__
