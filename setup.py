@@ -169,7 +169,7 @@ class Wheel(bdist_wheel):
 # symlink instantas/kernels makes it importable as `instantas.kernels` in a checkout, an editable install, a wheel.
 setup(
     packages=["instantas", "instantas.kernels", "instantas.demo"],
-    package_data={"instantas.demo": ["model/*.json", "model/*/*"]},
+    package_data={"instantas.demo": ["README.md", "model/*.json", "model/*/*"]},
     include_package_data=False,
     ext_modules=[library(*item) for item in zip(RECIPES, ("*.cpp", "*.cu")) if any(SOURCES.glob(item[1]))],
     cmdclass={"build_ext": BuildLibraries, "bdist_wheel": Wheel},
