@@ -18,7 +18,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
@@ -177,7 +177,7 @@ def machine(device: torch.device | str = "cpu") -> dict[str, str | int]:
     if torch.version.cuda:
         facts["cuda"] = torch.version.cuda
     facts |= {"python": platform.python_version(), "threads": torch.get_num_threads()}
-    return facts | {"date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")}
+    return facts | {"date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")}
 
 
 def device_name(device: torch.device) -> str:
