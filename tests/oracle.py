@@ -1,19 +1,22 @@
 """The test grid of the operations, and the judge: a backend's error against float64 is at most twice the reference's.
 
 Inputs are rounded to the precision under test first; float64 then gets the rounded values. Shared by every test of an
-operation, whatever the backend.
+operation, whatever the backend. Without a GPU the Triton kernels run in Triton's interpreter and the CUDA kernels in
+the emulation (`emulated.py`), where there is a compiler for it.
 """
 
 from pathlib import Path
 
+import emulated
 import torch
 
 from instantas import ops
 from instantas.windows import WindowPlan
 
 ROOT = Path(__file__).parent.parent
-BACKENDS = [name for name, state in ops.backends().items() if state == "available"]
 GPU = torch.cuda.is_available()
+EMULATED = not GPU and emulated.AVAILABLE
+BACKENDS = [name for name, state in ops.backends().items() if state == "available" or (name == "cuda" and EMULATED)]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 PLANS = {
@@ -45,8 +48,13 @@ ATTENTION = [
 
 
 def device(backend):
-    """Where a backend's tensors live: Triton's on the CPU, in its interpreter, when there is no GPU."""
-    return "cuda" if backend == "cuda" or (backend == "triton" and GPU) else "cpu"
+    """Where a backend's tensors live."""
+    return "cuda" if backend in ("triton", "cuda") and GPU else "cpu"
+
+
+def use_backend(backend):
+    """`ops.use_backend`, or the emulation."""
+    return emulated.cuda() if backend == "cuda" and EMULATED else ops.use_backend(backend)
 
 
 def generator(seed=0):
@@ -93,7 +101,7 @@ def run(backend, call, arguments, dtype, gradients=0):
     """call(*arguments) on a backend, as a list of CPU tensors: the results, then the gradients of the first inputs."""
     arguments = [place(value, dtype, device(backend)) for value in arguments]
     sources = [a.requires_grad_() for a in arguments[:gradients] if isinstance(a, torch.Tensor)]
-    with ops.use_backend(backend):
+    with use_backend(backend):
         results = call(*arguments)
         results = [r for r in (results if isinstance(results, tuple) else (results,)) if r is not None]
         assert all(r.is_contiguous() for r in results)
@@ -103,7 +111,15 @@ def run(backend, call, arguments, dtype, gradients=0):
     return [r.detach().cpu() for r in results]
 
 
-def judge(backend, call, arguments, dtype, gradients=0):
+def largest(difference):
+    return difference.abs().max().item()
+
+
+def root_mean_square(difference):
+    return difference.square().mean().sqrt().item()
+
+
+def judge(backend, call, arguments, dtype, gradients=0, measure=largest):
     """Holds a backend to the error budget; returns its results."""
     rounded = [
         a.to(dtype).double() if isinstance(a, torch.Tensor) and a.dtype == torch.float64 else a for a in arguments
@@ -114,15 +130,15 @@ def judge(backend, call, arguments, dtype, gradients=0):
     assert len(got) == len(exact)
     for i, (g, e, x) in enumerate(zip(got, eager, exact)):
         assert g.shape == x.shape and g.dtype == dtype
-        error, allowed = deviation(g, x), 2 * deviation(e, x)
+        error, allowed = deviation(g, x, measure), 2 * deviation(e, x, measure)
         if allowed == 0:  # the reference happens to be exact: two units in the last place of the largest
             allowed = 2 * torch.finfo(dtype).eps * x.abs().max().item() if x.numel() else 0
         assert error <= allowed, f"result {i} of {backend}, {dtype}: error {error:.3e}, allowed {allowed:.3e}"
     return got
 
 
-def deviation(result, exact):
-    """The largest difference, where the exact result is finite; elsewhere the two must agree."""
+def deviation(result, exact, measure=largest):
+    """How far the two are apart where the exact result is finite; elsewhere they must agree."""
     finite = exact.to(result.dtype).isfinite()
     torch.testing.assert_close(result[~finite], exact[~finite].to(result.dtype), rtol=0, atol=0, equal_nan=True)
-    return (result.double() - exact)[finite].abs().max().item() if finite.any() else 0.0
+    return measure((result.double() - exact)[finite]) if finite.any() else 0.0

@@ -37,7 +37,7 @@ def gradients_are_right(function, *inputs):
 def test_gradcheck(backend):
     weight = positive(PLAN.count, *PLAN.window)
     cond, uncond, sample, history, guidance = step_inputs()
-    with ops.use_backend(backend):
+    with oracle.use_backend(backend):
         assert gradients_are_right(lambda x: ops.gather_windows(x, PLAN), normal(*SHAPE))
         assert gradients_are_right(lambda x: ops.scatter_windows(x, PLAN, weight), cond)
         assert gradients_are_right(lambda *x: step(*x, guidance), cond, uncond, sample, history)
@@ -74,7 +74,7 @@ def raw_calls(dtype=torch.float32):
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if oracle.device(name) == "cpu"])
 @pytest.mark.parametrize("operation", raw_calls())
 def test_opcheck(backend, operation):
-    with ops.use_backend(backend):
+    with oracle.use_backend(backend):
         torch.library.opcheck(getattr(torch.ops.instantas, operation).default, raw_calls()[operation])
 
 
@@ -99,7 +99,7 @@ def test_backward_is_computed_where_autograd_is_switched_off():
     arguments = [a.detach() if isinstance(a, torch.Tensor) else a for a in raw_calls()["regional_attention_backward"]]
     for backend in BACKENDS:
         if oracle.device(backend) == "cpu":
-            with ops.use_backend(backend):
+            with oracle.use_backend(backend):
                 plain = torch.ops.instantas.regional_attention_backward(*arguments)
                 with torch._C._AutoDispatchBelowAutograd():
                     below = torch.ops.instantas.regional_attention_backward(*arguments)
