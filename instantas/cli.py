@@ -276,7 +276,10 @@ def main(arguments: list[str] | None = None) -> None:
         message = _first_line(Exception(error.format_message()))
     except click.Abort:
         message = "stopped"
-    except (ValueError, TypeError, OSError, ImportError, torch.OutOfMemoryError) as error:
+    except ImportError as error:
+        extra = "plot" if (error.name or "").startswith("matplotlib") else "diffusers"
+        message = f"{_first_line(error)}; this command needs: pip install 'instantas[{extra}]'"
+    except (ValueError, TypeError, OSError, torch.OutOfMemoryError) as error:
         message = _first_line(error)
     else:
         return
