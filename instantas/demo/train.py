@@ -155,7 +155,7 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m instantas.demo.train", description="Train a model like the embedded one on a CPU."
     )
     parser.add_argument("--out", required=True, help="the folder to write, new or empty")
-    parser.add_argument("--minutes", type=float, default=60, help="for all stages; 0.05 tries each of them for two rounds")
+    parser.add_argument("--minutes", type=float, default=60, help="for all stages; 0.05: two rounds of each")
     parser.add_argument("--threads", type=int, help="CPU threads; by default torch's own choice")
     parser.add_argument("--seed", type=int, default=0, help="start of all random numbers")
     options = parser.parse_args(arguments)
