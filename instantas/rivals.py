@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from instantas.windows import WindowPlan
 
-COMPILED_VIEWS = 64  # a loop over more views takes minutes to compile
+COMPILED_VIEWS = 16  # a loop over more views takes minutes to compile
 
 
 def gather(plan: WindowPlan, device, *, compiled: bool = False):
