@@ -273,4 +273,5 @@ def _cells(plan):
 
 def _geometry(plan, batch, channels):
     size = f"{batch} x {channels} x {plan.height} x {plan.width}"
-    return f"{size}, {plan.count} windows of {plan.window[0]} x {plan.window[1]}"
+    wrapping = ", wrapping" if any(plan.wrap) else ""
+    return f"{size}, {plan.count} windows of {plan.window[0]} x {plan.window[1]}{wrapping}"
