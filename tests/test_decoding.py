@@ -8,7 +8,6 @@ from tiny import autoencoder
 from instantas import decoding, demo
 from instantas.decoding import decode
 
-
 LEVEL = 2 / 255  # of a picture of 8 bits, in -1..1
 
 
