@@ -230,7 +230,8 @@ def report() -> str:
             plot_operations(found["operations"], RESULTS / f"roofline-{device}.png")
             parts.append(
                 f"## Operations\n\n{origin(found['operations'], 'operations')} Every result was checked against "
-                f"float64 before. With a single thread, seconds of the processor.\n\n{operations(found['operations'])}\n\n![roofline](roofline-{device}.png)"
+                f"float64 before. With a single thread, seconds of the processor.\n\n"
+                f"{operations(found['operations'])}\n\n![roofline](roofline-{device}.png)"
             )
     return "\n\n".join(parts) + "\n"
 
