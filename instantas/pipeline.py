@@ -356,7 +356,7 @@ class InstantASPipeline:
             colours = plain_colours(pipe.vae, generator, noise.device)
             yield RegionDenoiser([make(found) for found in each], region_map, noise, plan, colours)
         else:
-            encode = functools.partial(encode_prompts, pipe, clip_skip=how["clip_skip"])
+            encode = functools.partial(encode_prompts, pipe, **how)
             with regional_prompts(pipe.unet, region_map, pipe=pipe, encode=encode, mode=region_mode) as regional:
                 regional.base(prompts.embeds, prompts.negative)
                 yield make(prompts, regional=regional)

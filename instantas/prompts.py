@@ -90,7 +90,9 @@ class PromptBank:
         return ids, torch.tensor(slots)
 
 
-def encode_prompts(pipe, texts: list[str], *, clip_skip: int | None = None) -> torch.Tensor:
+def encode_prompts(
+    pipe, texts: list[str], *, clip_skip: int | None = None, lora_scale: float | None = None
+) -> torch.Tensor:
     """(prompts, L, D) embeddings by a pipeline's text encoders; warns of words past their limit, naming them."""
     for tokenizer in (getattr(pipe, name, None) for name in ("tokenizer", "tokenizer_2")):
         for text in texts if tokenizer is not None else ():
@@ -100,9 +102,12 @@ def encode_prompts(pipe, texts: list[str], *, clip_skip: int | None = None) -> t
                 warnings.warn(
                     f"prompt: expected at most {limit - 2} tokens, got {len(ids) - 2}; cut off: {cut!r}", stacklevel=2
                 )
-    settings = dict(num_images_per_prompt=1, do_classifier_free_guidance=False, clip_skip=clip_skip)
+    settings = dict(num_images_per_prompt=1, clip_skip=clip_skip, lora_scale=lora_scale)
     with torch.no_grad():
-        return pipe.encode_prompt(prompt=texts, device=pipe._execution_device, **settings)[0]
+        encoded = pipe.encode_prompt(
+            prompt=texts, device=pipe._execution_device, do_classifier_free_guidance=False, **settings
+        )
+        return encoded[0]
 
 
 def _embedded(encode, texts):
