@@ -1,7 +1,8 @@
 """Whole runs on the architecture of Stable Diffusion 2.0, with random weights, against what a user would pick instead.
 
     python -m bench.end_to_end --counts      # network samples of every method at every size, through a tiny network
-    python -m bench.end_to_end               # seconds; on two CPU cores about six minutes
+    python -m bench.end_to_end               # seconds; on two CPU cores about eight minutes
+    python -m bench.end_to_end --memory      # peak memory of 4 and of 64 windows; about four minutes
     python -m bench.end_to_end --size 1024x1024 --steps 4
 
 DDIM, guidance 7.5, the same network, noise and window batch for all, nothing accelerated. Text encoder and autoencoder
@@ -193,6 +194,18 @@ def measure(sizes, steps, device, clock, dtype=torch.bfloat16) -> None:
             )
 
 
+def memory(device, dtype=torch.bfloat16) -> dict:
+    """Peak memory of one step of 4 and of 64 windows, beside the bytes of the canvas."""
+    whole, found = model(SD2, device, dtype), {}
+    METHODS["instantas"](whole, (512, 512), PROMPTS[:1], 1)  # what is made once
+    for size in ((512, 2048), (4096, 4096)):
+        peak = peak_memory(lambda size=size: METHODS["instantas"](whole, size, PROMPTS[:1], 1), device)
+        canvas = whole.noise(size[0] // 8, size[1] // 8).nbytes
+        found[f"{size[0]}x{size[1]}"] = dict(peak=peak, canvas=canvas)
+        print(f"{size[0]}x{size[1]}: peak {peak / 2**20:.0f} MiB, canvas {canvas / 2**20:.2f} MiB", flush=True)
+    return found
+
+
 def _size(text):
     height, width = map(int, text.split("x"))
     return height, width
@@ -201,6 +214,7 @@ def _size(text):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--counts", action="store_true", help="count network samples instead of timing")
+    parser.add_argument("--memory", action="store_true", help="peak memory of 4 and 64 windows instead of timing")
     parser.add_argument("--size", type=_size, action="append", help="HEIGHTxWIDTH, may be repeated")
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -208,6 +222,9 @@ def main():
     options = parser.parse_args()
     logging.set_verbosity_error()
     check()
+    if options.memory:
+        keep(RESULTS / f"memory-{torch.device(options.device).type}.json", {"4 and 64 windows": memory(options.device)})
+        return
     if options.counts:
         keep(RESULTS / "samples.json", {"two steps": counts(options.device)}, options.device)
         return
