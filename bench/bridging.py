@@ -20,6 +20,7 @@ from bridging_pictures import (
     BOXES,
     CELL,
     GUIDANCE,
+    LARGER,
     MATERIALS,
     METHODS,
     PROMPTS,
@@ -231,7 +232,7 @@ def _sizes(sizes) -> str:
 
 
 def group_of(name: str) -> str:
-    """ "larger", "regions", "scenes", or "" for the rest: only methods of one group are compared."""
+    """ "larger", "regions", "scenes", "tried", or "" for the rest: only methods of one group are compared."""
     first, comma, _ = name.partition(",")
     return first if comma and not METHODS[name].stride else ""
 
@@ -272,6 +273,8 @@ def report(out: Path, dtype) -> str:
         ("shift", "MultiDiffusion, stride 1/8"),
         ("economy", "MultiDiffusion, stride 1/8"),
         ("shift+moments", "shift"),
+        ("tried, cosine weights", "shift"),
+        ("tried, last step moved", "shift"),
         ("scenes, shift+dilated", "scenes, shift"),
     )
     lines += table(head, [differences(out, *pair) for pair in pairs])
@@ -333,6 +336,8 @@ def sheets(out: Path, folder: Path) -> None:
     sheet(lines(every, SIZES[1], wide), folder / "bridging-wide.jpg")
     square = of("purple nebula", "red desert sand", "snow", "red brick wall")
     sheet(lines(["none", "economy", "shift"], SIZES[0], square), folder / "bridging-square.jpg")
+    large = of("red brick wall", "purple nebula", "sunset clouds")
+    sheet(lines(["larger, none", "larger, shift"], LARGER[0], large), folder / "bridging-larger.jpg")
     scenes = [name for name in METHODS if group_of(name) == "scenes"]
     sheet(lines(scenes, SCENE_SIZES[0], of(*(SCENES[i] for i in (0, 4, 5, 6)))), folder / "bridging-scenes.jpg")
     regions = [name for name in METHODS if group_of(name) == "regions"]

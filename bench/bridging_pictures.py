@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -61,6 +62,19 @@ class Roll:
         return bridging.Stage(WindowPlan.minimum_coverage(plan.height, plan.width, plan.window, wrap=wrap, shift=shift))
 
 
+@dataclass(frozen=True)
+class Variant(bridging.Shift):
+    """`shift` with another overlap weight, or with windows that do not rest in the last step."""
+
+    weight: str = "linear"
+    rests: bool = True
+
+    def step(self, step: int, steps: int, plan: WindowPlan) -> bridging.Stage:
+        unfinished = 0 if self.rests else 2  # a run that goes on does not rest yet
+        stage = super().step(step, steps + unfinished, plan)
+        return stage if stage.weight is None else replace(stage, weight=stage.plan.weight(self.weight))
+
+
 class Method(NamedTuple):
     """bridge: of minimum coverage, or stride: of overlapping windows; few: sizes of which four pictures must do."""
 
@@ -80,6 +94,7 @@ def seeds(count: int, prompts: Sequence[int]) -> tuple[int, ...]:
 ALONE = range(len(MATERIALS))
 PAIRS = range(len(MATERIALS), len(PROMPTS))
 REGIONS = Method(sizes=tuple(BOXES), pictures=tuple(range(3 * len(QUARTERS))), regions=True)
+TRIED = Method(sizes=SIZES[:3], pictures=seeds(3, ALONE)[-len(ALONE) :])
 METHODS = {
     "none": Method(),
     "shift": Method("shift", pictures=seeds(6, ALONE)),
@@ -90,6 +105,8 @@ METHODS = {
     "rolled canvas": Method(Roll(), sizes=FEWER),
     "MultiDiffusion, stride 1/2": Method(stride=WINDOW // 2, sizes=FEWER),
     "MultiDiffusion, stride 1/8": Method(stride=WINDOW // 8, sizes=SIZES[:3], few=SIZES[:1]),
+    "tried, cosine weights": TRIED._replace(bridge=Variant(weight="cosine")),
+    "tried, last step moved": TRIED._replace(bridge=Variant(rests=False)),
     "larger, none": Method(sizes=LARGER),
     "larger, shift": Method("shift", sizes=LARGER),
     "larger, economy": Method("economy", sizes=LARGER),
