@@ -101,7 +101,7 @@ def sample(
     evaluate = Evaluator(denoiser, window_batch_size)
     bridging = bridge(bridging)
     _check_run(latents, plan)
-    _check_settings(len(latents), guidance_rescale, eta, generator)
+    check_settings(len(latents), guidance_rescale, eta, generator)
     set_timesteps(scheduler, num_inference_steps, timesteps, latents.device)
     stages = _stages(bridging, plan, len(scheduler.timesteps), weight, latents.device)
     known = _levels(scheduler, stages)
@@ -328,7 +328,8 @@ def _check_run(latents, plan):
         raise ValueError(f"latents: expected (B, C, {plan.height}, {plan.width}), got {tuple(latents.shape)}")
 
 
-def _check_settings(pictures, guidance_rescale, eta, generator):
+def check_settings(pictures: int, guidance_rescale, eta, generator) -> None:
+    """Refuse what `sample` cannot be called with; raises TypeError, ValueError."""
     for name, value in (("guidance_rescale", guidance_rescale), ("eta", eta)):
         if isinstance(value, bool) or not isinstance(value, Real):
             raise TypeError(f"{name}: expected a number from 0 to 1, got {value!r}")
