@@ -26,7 +26,7 @@ from instantas.denoiser import WindowDenoiser
 from instantas.multidiffusion import RegionDenoiser, plain_colours, region_prompts
 from instantas.prompts import encode_prompts
 from instantas.regions import RegionMap, check_blend, region_lists
-from instantas.sampler import sample, set_timesteps
+from instantas.sampler import check_settings, sample, set_timesteps
 from instantas.windows import WindowPlan
 
 METHODS = ("instantas", "multidiffusion")
@@ -258,6 +258,7 @@ class InstantASPipeline:
             raise ValueError(
                 f"regions: expected one list, or one for each of {pictures} pictures, got {region_map.pictures}"
             )
+        check_settings(pictures, guidance_rescale, eta, generator)
         noise = self._noise(pictures, plan, generator, latents)
         conditions = dict(
             micro=micro_conditions(
@@ -363,8 +364,6 @@ class InstantASPipeline:
 
     def _noise(self, pictures, plan, generator, latents):
         shape = (pictures, self.pipe.unet.config.in_channels, plan.height, plan.width)
-        if isinstance(generator, list) and len(generator) != pictures:
-            raise ValueError(f"generator: expected one for each of {pictures} pictures, got {len(generator)}")
         device, dtype = self.pipe._execution_device, self.pipe.unet.dtype
         if latents is None:
             return randn_tensor(shape, generator=generator, device=device, dtype=dtype)
