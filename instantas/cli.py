@@ -20,6 +20,7 @@ import torch
 from instantas import __version__, backends
 from instantas.bridging import BRIDGES, DEFAULT
 from instantas.files import check_writable, whole_file
+from instantas.regions import SCHEDULES, Region, RegionMap, load_regions
 from instantas.windows import WindowPlan
 
 SCHEDULERS = {  # command line's name -> diffusers' class and what it is made with
@@ -110,6 +111,18 @@ def app():
     metavar="NAME[+NAME]",
     help=f"What ties the windows together: none, {', '.join(BRIDGES)}; by default {DEFAULT}.",
 )
+@click.option(
+    "--region",
+    "places",
+    metavar="PROMPT@PLACE",
+    multiple=True,
+    help='A part with its own prompt: "grass@0,0.5,1,1" (left, top, right, bottom) or "grass@mask.png". Repeatable.',
+)
+@click.option("--regions", "regions_file", metavar="FILE.json", help="More regions: a list of Region's arguments.")
+@click.option("--region-mode", type=click.Choice(["blend", "joint"]), help="How regions mix; by default blend.")
+@click.option("--base-weight", type=float, help="Share of PROMPT everywhere beside the regions; by default 0.")
+@click.option("--semantic-schedule", type=click.Choice(list(SCHEDULES)), help="Regions' share over the steps.")
+@click.option("--preview", type=click.Path(path_type=Path), help="Draw regions and windows to this file.")
 @click.option("--window-batch", type=click.IntRange(1), help="Windows per network call; by default 4.")
 @click.option("--dtype", type=click.Choice(list(DTYPES)), help="By default float16 on a GPU, float32 elsewhere.")
 @click.option("--device", type=Device(), help="By default cuda where there is one, else cpu.")
@@ -127,6 +140,12 @@ def generate(
     wrap,
     method,
     bridging,
+    places,
+    regions_file,
+    region_mode,
+    base_weight,
+    semantic_schedule,
+    preview,
     window_batch,
     dtype,
     device,
@@ -137,6 +156,11 @@ def generate(
     if output.suffix.lower() != ".png":
         raise ValueError(f"output: expected a file name that ends in .png, got {output.name!r}")
     check_writable(output, overwrite=force)
+    if preview:
+        if preview.resolve() == output.resolve():
+            raise ValueError(f"preview: expected another file than the output, got {str(preview)!r}")
+        check_writable(preview, overwrite=force)
+    regions = [Region.parse(place) for place in places] + (load_regions(regions_file) if regions_file else [])
     pipe = _pipeline(model, scheduler, dtype, device)
     seed = random.SystemRandom().randrange(2**32) if seed is None else seed
     width, height = size
@@ -147,11 +171,22 @@ def generate(
         wrap=wrap,
         method=method,
         bridging=bridging,
+        region_mode=region_mode,
+        base_weight=base_weight,
+        semantic_schedule=semantic_schedule,
         window_batch_size=window_batch,
     )
     settings = {name: value for name, value in settings.items() if value is not None}
+    if preview:
+        shares = {name: settings[name] for name in ("wrap", "base_weight", "semantic_schedule") if name in settings}
+        drawn = RegionMap(regions, height, width, pipe.cell, pipe.canvas(height, width), **shares)
+        drawn.preview(preview, pipe.plan(height, width, wrap=wrap, method=method))
+        click.echo(f"{preview}: layout")
     generator = torch.Generator("cpu").manual_seed(seed)
-    picture = pipe(prompt, height=height, width=width, generator=generator, **settings).images[0]
+    picture = pipe(prompt, height=height, width=width, generator=generator, regions=regions, **settings).images[0]
+    if regions:
+        listed = json.loads(Path(regions_file).read_text(encoding="utf-8")) if regions_file else []
+        settings["regions"] = [*places, *listed]
     settings |= {"model": model or "demo", "scheduler": type(pipe.scheduler).__name__, "dtype": str(pipe.dtype)}
     text = {"prompt": prompt, "seed": str(seed), "size": f"{width}x{height}", "settings": json.dumps(settings)}
     _write_png(picture, output, {**text, "Software": f"instantas {__version__}"}, force)
