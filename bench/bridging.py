@@ -223,6 +223,15 @@ def profile(out: Path, name: str) -> list[str]:
     return [name, str(len(pictures)), *(f"{value:.2f}" for value in np.average(profiles, axis=0, weights=weights))]
 
 
+def by_prompt(out: Path, name: str) -> list[list[str]]:
+    lines = []
+    for i, prompt in enumerate(MATERIALS):
+        pictures = load(out, name, [p for p in pictures_of(name) if p[2] % len(PROMPTS) == i])
+        columns, rows, both = seams(pictures)
+        lines.append([prompt, str(len(pictures)), columns.plain(), rows.plain(), both.weighted()])
+    return lines
+
+
 def table(head, lines) -> list[str]:
     return ["", *("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *lines))]
 
@@ -250,7 +259,7 @@ def report(out: Path, dtype) -> str:
         "each ratio, so that bricks and planks count less. Evaluations: over those of minimum coverage. Divergence: "
         f"over that of real pictures ({real_divergence():.3f}). Gradient: energy inside windows over that of the "
         "table's first method; `none` is made of native single windows. Edges: difference of opposite outer edges over "
-        "that of unrelated lines; far below 1 when glued.",
+        "that of unrelated lines; lower when glued.",
     )
     lines = ["# Bridges, measured", *(line for text in said for line in ("", *textwrap.wrap(text, 120)))]
     for title, first in (
@@ -282,6 +291,8 @@ def report(out: Path, dtype) -> str:
     head = ("method", "size", "pictures", "columns", "rows", "both, weighted", "corners", "corners, weighted")
     names = ("none", "economy", "shift", "larger, none", "larger, economy", "larger, shift")
     lines += table(head, [line for name in names for line in by_size(out, name)])
+    lines += ["", "## By prompt, `shift`"]
+    lines += table(("prompt", "pictures", "columns", "rows", "both, weighted"), by_prompt(out, "shift"))
     lines += ["", "## The difference at and beside the borders", ""]
     lines += ["Over the mean of the control positions, columns and rows, weighted; in cells from the border."]
     head = ("method", "pictures", *(f"{offset:+d}" for offset in range(-BESIDE, BESIDE + 1)))

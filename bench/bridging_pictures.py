@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -76,12 +77,12 @@ class Variant(bridging.Shift):
 
 
 class Method(NamedTuple):
-    """bridge: of minimum coverage, or stride: of overlapping windows; few: sizes of which four pictures must do."""
+    """bridge: of minimum coverage, or stride: of overlapping windows; few: sizes of which so many must do."""
 
     bridge: str | bridging.Bridge = "none"
     stride: int | None = None
     sizes: tuple = SIZES
-    few: tuple = ()
+    few: Mapping = MappingProxyType({})
     pictures: tuple = tuple(range(len(MATERIALS)))
     regions: bool = False
 
@@ -97,14 +98,14 @@ REGIONS = Method(sizes=tuple(BOXES), pictures=tuple(range(3 * len(QUARTERS))), r
 TRIED = Method(sizes=SIZES[:3], pictures=seeds(3, ALONE)[-len(ALONE) :])
 METHODS = {
     "none": Method(),
-    "shift": Method("shift", pictures=seeds(6, ALONE)),
-    "economy": Method("economy", pictures=seeds(6, ALONE)),
+    "shift": Method("shift", few={SIZES[3]: 26}, pictures=seeds(6, ALONE)),
+    "economy": Method("economy", few={SIZES[3]: 26}, pictures=seeds(6, ALONE)),
     "centred": Method("centred"),
     "moments": Method("moments", sizes=FEWER),
     "shift+moments": Method("shift+moments", sizes=FEWER),
     "rolled canvas": Method(Roll(), sizes=FEWER),
     "MultiDiffusion, stride 1/2": Method(stride=WINDOW // 2, sizes=FEWER),
-    "MultiDiffusion, stride 1/8": Method(stride=WINDOW // 8, sizes=SIZES[:3], few=SIZES[:1]),
+    "MultiDiffusion, stride 1/8": Method(stride=WINDOW // 8, sizes=SIZES[:3], few={SIZES[0]: 4}),
     "tried, cosine weights": TRIED._replace(bridge=Variant(weight="cosine")),
     "tried, last step moved": TRIED._replace(bridge=Variant(rests=False)),
     "larger, none": Method(sizes=LARGER),
@@ -188,7 +189,7 @@ def file_of(out: Path, name: str, width: int, height: int, i: int) -> Path:
 def pictures_of(name: str):
     """(width, height, index) of a method's pictures."""
     method = METHODS[name]
-    return [(*size, i) for size in method.sizes for i in method.pictures[: 4 if size in method.few else None]]
+    return [(*size, i) for size in method.sizes for i in method.pictures[: method.few.get(size)]]
 
 
 def paint_missing(out: Path, names, dtype) -> None:
