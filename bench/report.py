@@ -43,7 +43,11 @@ def origin(results: dict, stem: str) -> str:
         date = facts.pop("date")
         seen.setdefault(", ".join(f"{k} {v}" for k, v in facts.items() if k != "threads"), []).append(date)
     machines = [f"{facts} ({min(dates)} to {max(dates)})" for facts, dates in seen.items()]
-    return f"`{COMMANDS[stem]}`. " + "; ".join(machines) + "."
+    one = next(iter(results.values()))
+    command = COMMANDS[stem] + (" --processor" if one.get("clock") == "process_time" else "")
+    if stem == "operations" and one["machine"]["threads"] == 1:
+        command = f"OMP_NUM_THREADS=1 {command}"
+    return f"`{command}`. " + "; ".join(machines) + "."
 
 
 def operations(results: dict) -> str:
@@ -145,6 +149,10 @@ def runs(measured: dict, counted: dict) -> list[dict]:
     return entries
 
 
+def _plural(prompts):
+    return "1 prompt" if prompts == "1 prompts" else prompts
+
+
 def end_to_end(entries: list[dict]) -> str:
     ours = {(e["size"], e["prompts"]): e for e in entries if e["method"] == "instantas"}
     rows = []
@@ -154,7 +162,7 @@ def end_to_end(entries: list[dict]) -> str:
         measured = bool(run) and bool(base["run"])
         rows.append(
             [
-                f"{e['size']}, {e['prompts']}, {e['method']}",
+                f"{e['size']}, {_plural(e['prompts'])}, {e['method']}",
                 e["samples"],
                 f"{e['samples'] / base['samples']:.2f}",
                 "-" if e["seconds"] is None else f"{e['seconds']:.1f}" if run else f"({e['seconds']:.0f})",
@@ -180,16 +188,19 @@ def end_to_end(entries: list[dict]) -> str:
 def plot_end_to_end(entries: list[dict], path: Path) -> None:
     """Samples of the network by size, counted; a panel for each number of prompts."""
     figure = Figure(figsize=(11, 8))
+    colours = {method: f"C{i}" for i, method in enumerate(dict.fromkeys(e["method"] for e in entries))}
     for axes, prompts in zip(figure.subplots(2, 1), ("1 prompts", "4 prompts")):
         some = [e for e in entries if e["prompts"] == prompts]
         sizes = list(dict.fromkeys(e["size"] for e in some))
-        methods = list(dict.fromkeys(e["method"] for e in some))
+        methods = [m for m in colours if any(e["method"] == m for e in some)]
         for i, method in enumerate(methods):
             chosen = [e for e in some if e["method"] == method]
             places = [sizes.index(e["size"]) + 0.8 * (i + 0.5) / len(methods) - 0.4 for e in chosen]
-            bars = axes.bar(places, [e["samples"] for e in chosen], 0.75 / len(methods), label=method)
+            bars = axes.bar(
+                places, [e["samples"] for e in chosen], 0.75 / len(methods), color=colours[method], label=method
+            )
             axes.bar_label(bars, fontsize=7)
-        axes.set(yscale="log", ylabel="network samples in 2 steps", title=f"{prompts}, counted")
+        axes.set(yscale="log", ylabel="network samples in 2 steps", title=f"{_plural(prompts)}, counted")
         axes.set_xticks(range(len(sizes)), sizes)
         axes.legend(fontsize=8)
     figure.tight_layout()
