@@ -1,10 +1,10 @@
 """Regional control beside MultiDiffusion's region mode: pictures, region fidelity, borders; and what regions cost.
 
-    python -m bench.regions --sheet    # embedded model; about five minutes of one core
+    python -m bench.regions --sheet    # embedded model; about seven minutes of one core
     python -m bench.regions --speed    # architecture of Stable Diffusion 2.0, random weights, bfloat16, one thread
 
 Figures go to bench/results/regions-cpu.json, pictures to docs/pictures, and the tables of both to
-bench/results/regions.md.
+bench/results/regions.md. A picture of the sheet that is in the folder `--out` is not painted again.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from scipy import ndimage
 
 from instantas import demo
@@ -108,10 +109,10 @@ def borders(picture, owner) -> tuple[float, float]:
 # The sheet
 
 
-def paint(pipe, scene, method, seed) -> tuple[np.ndarray, int]:
-    """The picture, uint8 (height, width, 3), and the samples that the network was evaluated on."""
+def paint(pipe, scene, method, seed, path) -> None:
+    """Paint a PNG file, which also says on how many samples the network was evaluated."""
     (width, height), base, regions = SCENES[scene]
-    samples = []
+    samples, text = [], PngInfo()
     hook = pipe.unet.register_forward_pre_hook(lambda module, args: samples.append(len(args[0])))
     picture = pipe(
         base,
@@ -124,13 +125,16 @@ def paint(pipe, scene, method, seed) -> tuple[np.ndarray, int]:
         generator=torch.Generator().manual_seed(seed),
     ).images[0]
     hook.remove()
-    return np.asarray(picture), sum(samples)
+    text.add_text("samples", str(sum(samples)))
+    with whole_file(path) as part:
+        picture.save(part, format="PNG", pnginfo=text)
 
 
-def sheet(seeds: int) -> dict:
-    """Paint every scene by both methods; measures of each, and the contact sheets."""
+def sheet(seeds: int, out: Path) -> dict:
+    """Paint what is missing of every scene by both methods; the measures of each, and the contact sheets."""
     from instantas.demo.judge import Judge
 
+    out.mkdir(parents=True, exist_ok=True)
     pipe = InstantASPipeline.from_pretrained(demo.folder(), torch_dtype=torch.bfloat16)
     pipe.vae.float()
     pipe.set_progress_bar_config(disable=True)
@@ -140,7 +144,11 @@ def sheet(seeds: int) -> dict:
         for method in METHODS:
             right, edges, samples = [], [], 0
             for seed in range(seeds):
-                picture, samples = paint(pipe, scene, method, seed)
+                path = out / f"{scene.replace(' ', '-')}-{method}-{seed}.png"
+                if not path.exists():
+                    paint(pipe, scene, method, seed, path)
+                with Image.open(path) as image:
+                    samples, picture = int(image.text["samples"]), np.asarray(image.convert("RGB"))
                 shown[scene, method, seed] = picture
                 pieces, wanted = zip(*crops(picture, owner))
                 seen = judge.classify(pieces)
@@ -318,11 +326,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--sheet", action="store_true", help="paint and measure pictures")
     parser.add_argument("--seeds", type=int, default=3, help="of the sheet")
+    parser.add_argument("--out", type=Path, default=Path("out/regions"), help="folder of the sheet's pictures")
     parser.add_argument("--speed", action="store_true", help="time evaluations and steps")
     parser.add_argument("--laps", type=int, default=3, help="of the evaluations")
     options = parser.parse_args()
     if options.sheet:
-        keep(RESULTS, sheet(options.seeds))
+        keep(RESULTS, sheet(options.seeds, options.out))
     if options.speed:
         keep(RESULTS, speed(options.laps))
     if RESULTS.exists():
