@@ -278,7 +278,7 @@ def report() -> str:
             "",
             "## Regional control beside MultiDiffusion's region mode",
             "",
-            f"Embedded model, its own defaults; {painted[0]['pictures']} seeds of each scene, the same for both.",
+            f"Embedded model, its own defaults, pictures of each scene: {painted[0]['pictures']}, the same seeds for both.",
             f"MultiDiffusion at a stride of a quarter of the window. Fidelity: share of {CROP} px crops inside one",
             "region that the classifier (`instantas.demo.judge`) gives to its prompt. Border: gradient on the regions'",
             f"border over that of the interior (more than {FAR} px away); band: the same within {NEAR} px. Above 1: a",
@@ -298,8 +298,8 @@ def report() -> str:
             "",
             "## What regions cost",
             "",
-            f"Architecture of SD 2.0, random weights, bfloat16, {ours['machine']['device']}, processor seconds. One",
-            "evaluation of a batch of two at 512x512 px, over the plain network's in the same lap (median):",
+            f"Architecture of SD 2.0, random weights, bfloat16, {ours['machine']['device']}. Processor seconds of one",
+            "thread. One evaluation of a batch of two at 512x512 px, over the plain network's in the same lap (median):",
             "",
             "| regions | ratio | laps | each lap |",
             "|---:|---:|---:|---|",
@@ -314,10 +314,9 @@ def report() -> str:
             f"{known['evaluation, 16 regions']['projecting']:.2f} s.",
             "",
             f"One step of 512x2048 px with four prompts: {ours['samples']} samples, {ours['seconds']:.1f} s.",
-            f"MultiDiffusion's region mode at stride 8 needs {theirs['whole']} samples; measured on "
-            f"{theirs['samples']} of them",
-            f"(two windows), {theirs['seconds']:.1f} s, and scaled: {theirs['whole_seconds']:.0f} s, "
-            f"**{ours['ratio']:.1f} times** as long.",
+            f"MultiDiffusion's region mode at stride 8 needs {theirs['whole']}, each prompt in each of its 25 windows;",
+            f"measured in two windows ({theirs['samples']} samples, {theirs['seconds']:.1f} s) and scaled: "
+            f"{theirs['whole_seconds']:.0f} s, **{ours['ratio']:.1f} times** as long.",
         ]
     return "\n".join(lines) + "\n"
 
