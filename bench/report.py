@@ -231,6 +231,16 @@ def report() -> str:
                 "MultiDiffusion's region mode evaluates the base prompt and four regions.\n\n"
                 f"{end_to_end(entries)}\n\n![samples](end-to-end.png)"
             )
+        if peaks := load(f"memory-{device}"):
+            rows = [
+                [size, f"{p['peak'] / 2**20:.0f}", f"{p['canvas'] / 2**20:.2f}"]
+                for size, p in peaks["4 and 64 windows"].items()
+                if size != "machine"
+            ]
+            parts.append(
+                "## Memory\n\n`python -m bench.end_to_end --memory`: one step, 4 windows in one call.\n\n"
+                + table(["height x width", "peak MiB", "canvas MiB"], rows)
+            )
         if found["scaling"]:
             plot_scaling(found["scaling"], RESULTS / f"scaling-{device}.png")
             parts.append(
