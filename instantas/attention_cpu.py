@@ -50,7 +50,7 @@ def regional_attention_backward(grad, query, key, value, prompt_ids, weights, jo
         grad_queries = torch.zeros_like(queries)
         for prompt, weight in regions.weights.items():
             share = weight[rows] / regions.largest[rows]
-            for some in _chunks(share > 0):
+            for some in _spans(share > 0):
                 q, g, k, v = queries[some], grads[some], key[prompt], value[prompt]
                 exponentials, highest = _exponentials(q, k, scale)
                 part = share[some, None] / total[some]
@@ -99,7 +99,7 @@ def _merge(queries, key, value, regions, rows, joint, scale):
     peak, total = queries.new_full(queries.shape[:2], start), queries.new_zeros(queries.shape[:2])
     for prompt, weight in regions.weights.items():
         share = weight[rows] / regions.largest[rows]
-        for some in _chunks(share > 0):
+        for some in _spans(share > 0):
             part = share[some, None]
             if joint:
                 exponentials, own = _exponentials(queries[some], key[prompt], scale)
@@ -140,6 +140,13 @@ def _numbers(chosen):
 def _chunks(chosen):
     rows = _numbers(chosen)
     return rows.split(CHUNK) if len(rows) else ()
+
+
+def _spans(chosen):
+    """Chunks as slices where they are contiguous, which index without a copy."""
+    for rows in _chunks(chosen):
+        first, last = int(rows[0]), int(rows[-1])
+        yield slice(first, last + 1) if last - first + 1 == len(rows) else rows
 
 
 def _take(tensor, rows):
