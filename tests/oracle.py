@@ -1,5 +1,8 @@
 """The test grid of the operations, and the judge: a backend's error against float64 is at most twice the reference's.
 
+The error is the largest over a result or its root mean square, and the largest is at most four times the reference's in
+any case: of a few numbers each is luck, which changes with the order in which the reference's matrix products sum.
+
 Inputs are rounded to the precision under test first; float64 then gets the rounded values. Shared by every test of an
 operation, whatever the backend. Without a GPU the Triton kernels run in Triton's interpreter and the CUDA kernels in
 the emulation (`emulated.py`), where there is a compiler for it.
@@ -119,7 +122,7 @@ def root_mean_square(difference):
     return difference.square().mean().sqrt().item()
 
 
-def judge(backend, call, arguments, dtype, gradients=0, measure=largest):
+def judge(backend, call, arguments, dtype, gradients=0):
     """Holds a backend to the error budget; returns its results."""
     rounded = [
         a.to(dtype).double() if isinstance(a, torch.Tensor) and a.dtype == torch.float64 else a for a in arguments
@@ -130,10 +133,14 @@ def judge(backend, call, arguments, dtype, gradients=0, measure=largest):
     assert len(got) == len(exact)
     for i, (g, e, x) in enumerate(zip(got, eager, exact)):
         assert g.shape == x.shape and g.dtype == dtype
-        error, allowed = deviation(g, x, measure), 2 * deviation(e, x, measure)
-        if allowed == 0:  # the reference happens to be exact: two units in the last place of the largest
-            allowed = 2 * torch.finfo(dtype).eps * x.abs().max().item() if x.numel() else 0
-        assert error <= allowed, f"result {i} of {backend}, {dtype}: error {error:.3e}, allowed {allowed:.3e}"
+        # where the reference happens to be exact: one unit in the last place of the largest
+        unit = torch.finfo(dtype).eps * x.abs().max().item() if x.numel() else 0.0
+        errors = [
+            (deviation(g, x, measure), deviation(e, x, measure) or unit) for measure in (largest, root_mean_square)
+        ]
+        told = ", ".join(f"{error:.3e} beside {usual:.3e}" for error, usual in errors)
+        within = any(error <= 2 * usual for error, usual in errors) and errors[0][0] <= 4 * errors[0][1]
+        assert within, f"result {i} of {backend}, {dtype}: largest error and root mean square {told}"
     return got
 
 

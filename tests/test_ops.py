@@ -220,8 +220,9 @@ def strided(tensor):
 def test_tensors_that_are_not_contiguous(backend, index):
     call, arguments, gradients = list(every_operation(RAGGED))[index]
     apart = lambda *a: call(*map(strided, a))  # noqa: E731
-    plain = run(backend, call, arguments, torch.float16, gradients)
-    assert all(map(torch.equal, run(backend, apart, arguments, torch.float16, gradients), plain))
+    got = judge(backend, apart, arguments, torch.float16, gradients)
+    if backend != "reference":  # whose sums are PyTorch's, in an order of their own for each layout
+        assert all(map(torch.equal, got, run(backend, call, arguments, torch.float16, gradients)))
 
 
 def test_a_query_cut_from_a_joint_projection_is_read_in_place(backend):
