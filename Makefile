@@ -24,8 +24,16 @@ test: $(STAMP)
 	$(BIN)/ruff check .
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -q
 
+# Speeds on this machine, about 12 minutes on two cores; bench/results/report.md holds the tables and plots.
 bench: $(STAMP)
 	$(BIN)/python -m pytest bench -q
+	$(BIN)/python -m bench.scaling
+	$(BIN)/python -m bench.end_to_end --counts
+	$(BIN)/python -m bench.end_to_end
+	$(BIN)/python -m bench.report
+
+bench-gpu: $(STAMP)
+	$(BIN)/python -m bench.gpu
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
