@@ -192,7 +192,7 @@ def smoke(backends: Sequence[str], device: torch.device) -> None:
             windows, canvas = windows.to(device, dtype), canvas.to(device, dtype)
             bank = [t.to(device) for t in attention_inputs(1, 70, 1, 40, 2, 77, 2)]
             bank[:3] = [t.to(dtype).requires_grad_() for t in bank[:3]]
-            with ops.use_backend(backend):
+            with oracle.use_backend(backend):
                 ops.gather_windows(canvas, plan)
                 ops.scatter_windows(windows, plan)
                 ops.guided_step(windows, windows, canvas, plan, [0.9, -0.4, 0.3], 7.5, history=canvas[None])
