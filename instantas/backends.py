@@ -37,8 +37,11 @@ SCHEMAS = {
 
 # Per device, the backends in order of preference: the first that is available runs the operation.
 PREFERENCE = {
+    # Measured on one thread, times as fast as the reference. gather, scatter, guided_step on a 256 x 256 x 4 canvas: 3,
+    # 10, 16 with windows 8 apart, 11, 9, 8 at minimum coverage. Attention with 4 hard regions 4 to 7, backward 2; with a
+    # single one 1.1 to 1.7, and its backward alone is slower, 0.6.
     "cpu": dict.fromkeys(SCHEMAS, ("cpp", "reference")),
-    # Not measured yet. Reasoned: CUDA pads prompts to 8 tokens and not to 16, and picks its own memory instructions.
+    # Not measured yet. Reasoned: CUDA stages a prompt of 77 tokens at once, and picks its own memory instructions.
     "cuda": dict.fromkeys(SCHEMAS, ("cuda", "triton", "reference")),
 }
 
