@@ -37,9 +37,9 @@ SCHEMAS = {
 
 # Per device, the backends in order of preference: the first that is available runs the operation.
 PREFERENCE = {
-    # Measured on one thread, times as fast as the reference. gather, scatter, guided_step on a 256 x 256 x 4 canvas: 3,
-    # 10, 16 with windows 8 apart, 11, 9, 8 at minimum coverage. Attention with 4 hard regions 4 to 7, backward 2; with a
-    # single one 1.1 to 1.7, and its backward alone is slower, 0.6.
+    # Measured on one thread, times as fast as the reference: gather, scatter, guided_step on 256 x 256 x 4 cells 2.8,
+    # 10, 16 with windows 8 apart, 11, 9, 8 at minimum coverage; attention with 4 hard regions 4 to 7, its backward 2;
+    # with a single region 1.1 to 1.7, and that backward alone is slower, 0.6.
     "cpu": dict.fromkeys(SCHEMAS, ("cpp", "reference")),
     # Not measured yet. Reasoned: CUDA stages a prompt of 77 tokens at once, and picks its own memory instructions.
     "cuda": dict.fromkeys(SCHEMAS, ("cuda", "triton", "reference")),
