@@ -176,7 +176,7 @@ def generate(
         semantic_schedule=semantic_schedule,
         window_batch_size=window_batch,
     )
-    settings = {name: value for name, value in settings.items() if value is not None}
+    settings = pipe.defaults | {name: value for name, value in settings.items() if value is not None}
     if preview:
         shares = {name: settings[name] for name in ("wrap", "base_weight", "semantic_schedule") if name in settings}
         drawn = RegionMap(regions, height, width, pipe.cell, pipe.canvas(height, width), **shares)

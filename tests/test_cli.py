@@ -41,6 +41,7 @@ def test_picture_of_the_asked_size_with_its_settings_inside(capsys):
         assert picture.text["size"] == "300x200"
         settings = json.loads(picture.text["settings"])
     assert settings["negative_prompt"] == "grass" and settings["num_inference_steps"] == 2
+    assert settings["guidance_scale"] == 2.5  # the model's own
 
 
 def test_one_seed_gives_identical_bytes_and_another_batch_the_same_picture():
