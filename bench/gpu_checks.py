@@ -40,7 +40,7 @@ def grid(backends: Sequence[str], dtypes: Sequence[torch.dtype] = DTYPES) -> Ite
         for dtype in dtypes:
             for case, call, arguments, gradients in _cases():
                 name = f"{backend}, {str(dtype)[6:]}, {case}"
-                yield name, lambda a=(backend, call, arguments, dtype, gradients): oracle.judge(*a)
+                yield name, lambda a=(backend, call, arguments, dtype, gradients, "attention" in case): oracle.judge(*a)
 
 
 def _cases():

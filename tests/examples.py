@@ -77,4 +77,4 @@ def judge(backends, operation, draw):
     call, arguments = operation(draw)
     dtype = draw.choice(oracle.DTYPES)
     for backend in backends:
-        oracle.judge(backend, call, arguments, dtype)
+        oracle.judge(backend, call, arguments, dtype, attention=operation is attention)

@@ -89,7 +89,7 @@ def test_attention(backend, dtype, mode, case):
     call = lambda q, k, v, i, w: ops.regional_attention(q, k, v, i, w, mode=mode)  # noqa: E731
     interpreted = backend == "triton" and not oracle.GPU
     gradients = 0 if interpreted and dtype == torch.bfloat16 else 3  # the interpreter makes it float32 anyway
-    judge(backend, call, [*attention_inputs(*case), weights], dtype, gradients)
+    judge(backend, call, [*attention_inputs(*case), weights], dtype, gradients, attention=True)
 
 
 @pytest.mark.parametrize("mode", ["blend", "joint"])
