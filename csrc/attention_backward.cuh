@@ -8,8 +8,8 @@
 
 namespace instantas {
 
-// What the gradients of keys and values need of a row and slot: probability = factor 2^(logit - largest), and the sum of
-// the probabilities times what is wanted of them, relative to the softmax they belong to.
+// What the gradients of keys and values need of a row and slot: probability = factor 2^(logit - largest), logits being in
+// base 2, and the sum of the probabilities times what is wanted of them, relative to the softmax they belong to.
 struct RowStatistics {
   float largest, factor, mean;
 };
@@ -52,21 +52,24 @@ __global__ void __launch_bounds__(FMA_THREADS) grad_query_kernel(Attention<T> at
     for (int start = 0; start < attention.tokens; start += FMA_TOKENS) {
       tile.stage_tokens(attention.prompt(tile.image, slot), start);
       if (!concerned) continue;
-      float logits[ROWS], wanted[ROWS];
-      tile.find_logits(logits, share, start);
+      float slopes[ROWS], wanted[ROWS];
+      tile.find_key_dots(slopes);
       find_dots(wanted, grads + tile.own * attention.depth, tile.values + lane * tile.pitch, attention.depth);
 #pragma unroll
       for (int r = 0; r < ROWS; ++r) {
+        const bool counts = tile.counts(start, share[r]);
         if (final) {
-          const float probability = logits[r] == -INFINITY ? 0.0f : share[r] / softmax[r].sum * exp2f(logits[r] - softmax[r].largest);
-          logits[r] = probability * (wanted[r] - mean[r]) * attention.scale;
+          const float exponential = exp2f(fmaf(slopes[r], attention.scale2, -softmax[r].largest));
+          const float probability = counts ? share[r] / softmax[r].sum * exponential : 0.0f;
+          slopes[r] = probability * (wanted[r] - mean[r]) * attention.scale;
         } else {
+          const float weight = attention.joint ? share[r] : 1.0f;
           float factor;
-          const float term = softmax[r].add(logits[r], attention.joint ? share[r] : 1.0f, factor);
+          const float term = softmax[r].add(slopes[r], counts, attention.scale2, weight, factor);
           mean[r] = mean[r] * factor + warp_sum(term * wanted[r]);
         }
       }
-      if (final) add_rows(result, logits, tile.keys, attention.tokens - start, tile.pitch, attention.depth);
+      if (final) add_rows(result, slopes, tile.keys, attention.tokens - start, tile.pitch, attention.depth);
     }
     if (!final || !concerned) return;
 #pragma unroll
@@ -156,13 +159,13 @@ __global__ void __launch_bounds__(BANK_THREADS) grad_bank_kernel(Attention<T> at
       stage_floats(queries, BANK_ROWS, depth, attention.query + rows, attention.queries - first, stride, depth);
       stage_floats(grads, BANK_ROWS, depth, backward.grad + rows, attention.queries - first, stride, depth);
       sync_block();
-      float logit[1], wanted[1], probability = 0.0f, slope = 0.0f;
-      find_dots(logit, queries + warp * depth, keys + lane * pitch, depth);
+      float dot[1], wanted[1], probability = 0.0f, slope = 0.0f;
+      find_dots(dot, queries + warp * depth, keys + lane * pitch, depth);
       find_dots(wanted, grads + warp * depth, values + lane * pitch, depth);
       if (lane < count && attention.weight(image, slot, first + warp) > 0.0f) {
         const RowStatistics row = backward.of(attention, image, slot, head, first + warp);
         if (row.factor != 0.0f) {  // a weight may be too small to count
-          probability = row.factor * exp2f(logit[0] * attention.scale2 - row.largest);
+          probability = row.factor * exp2f(fmaf(dot[0], attention.scale2, -row.largest));
           slope = probability * (wanted[0] - row.mean) * attention.scale;
         }
       }

@@ -13,6 +13,7 @@ constexpr int FMA_THREADS = FMA_WARPS * WARP;
 constexpr int FMA_DEPTH = 256;               // the largest head size
 constexpr int FMA_PARTS = FMA_DEPTH / WARP;  // elements of a row in one lane
 constexpr int FMA_TOKENS = WARP;             // staged at a time
+constexpr int FMA_TERMS = 8;                 // of a dot product, near the square root of the usual lengths
 
 // Between the rows of tokens, odd: the lanes' rows lie in different banks.
 INSTANTAS_INLINE int pitch_of(int depth) { return depth | 1; }
@@ -27,42 +28,54 @@ __device__ __forceinline__ void stage_floats(float* shared, int rows, int pitch,
   }
 }
 
-// dots[r] = rows[r] . column, for rows `depth` apart.
+// dots[r] = rows[r] . column, for rows `depth` apart. A few products are added up by themselves first: long sums keep
+// their digits.
 template <int ROWS>
 __device__ __forceinline__ void find_dots(float (&dots)[ROWS], const float* rows, const float* column, int depth) {
 #pragma unroll
   for (int r = 0; r < ROWS; ++r) dots[r] = 0.0f;
-  for (int d = 0; d < depth; ++d) {
-    const float element = column[d];
+  for (int start = 0; start < depth; start += FMA_TERMS) {
+    float staged[ROWS] = {};
 #pragma unroll
-    for (int r = 0; r < ROWS; ++r) dots[r] += rows[r * depth + d] * element;
+    for (int i = 0; i < FMA_TERMS; ++i) {
+      const int d = start + i;
+      if (d >= depth) break;
+      const float element = column[d];
+#pragma unroll
+      for (int r = 0; r < ROWS; ++r) staged[r] = fmaf(rows[r * depth + d], element, staged[r]);
+    }
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) dots[r] += staged[r];
   }
 }
 
-// sums[r] += the lanes' factors[r] times their rows at `tokens`, which are added up by themselves first: long sums keep
-// their digits.
+// sums[r] += the lanes' factors[r] times their rows at `tokens`, a few of which are added up by themselves first.
 template <int ROWS>
 __device__ __forceinline__ void add_rows(float (&sums)[ROWS][FMA_PARTS], const float (&factors)[ROWS],
                                          const float* tokens, int count, int pitch, int depth) {
   const int lane = threadIdx.x % WARP;
-  float staged[ROWS][FMA_PARTS] = {};
-  for (int token = 0; token < (count < FMA_TOKENS ? count : FMA_TOKENS); ++token) {
-    float factor[ROWS];
+  for (int start = 0; start < FMA_TOKENS && start < count; start += FMA_TERMS) {
+    float staged[ROWS][FMA_PARTS] = {};
 #pragma unroll
-    for (int r = 0; r < ROWS; ++r) factor[r] = shuffle(factors[r], token);
+    for (int i = 0; i < FMA_TERMS; ++i) {
+      if (start + i >= count) break;
+      float factor[ROWS];
 #pragma unroll
-    for (int part = 0; part < FMA_PARTS; ++part) {
-      const int d = part * WARP + lane;
-      if (d >= depth) break;
-      const float element = tokens[token * pitch + d];
+      for (int r = 0; r < ROWS; ++r) factor[r] = shuffle(factors[r], start + i);
 #pragma unroll
-      for (int r = 0; r < ROWS; ++r) staged[r][part] += factor[r] * element;
+      for (int part = 0; part < FMA_PARTS; ++part) {
+        const int d = part * WARP + lane;
+        if (d >= depth) break;
+        const float element = tokens[(start + i) * pitch + d];
+#pragma unroll
+        for (int r = 0; r < ROWS; ++r) staged[r][part] = fmaf(factor[r], element, staged[r][part]);
+      }
     }
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r)
+#pragma unroll
+      for (int part = 0; part < FMA_PARTS; ++part) sums[r][part] += staged[r][part];
   }
-#pragma unroll
-  for (int r = 0; r < ROWS; ++r)
-#pragma unroll
-    for (int part = 0; part < FMA_PARTS; ++part) sums[r][part] += staged[r][part];
 }
 
 __device__ __forceinline__ float warp_sum(float value) {
@@ -82,15 +95,16 @@ struct RunningSoftmax {
   float largest = -INFINITY;
   float sum = 0.0f;
 
-  // Takes in a logit per lane: returns the lane's term, and the factor of what was summed before. The share is a factor
-  // and not a logarithm in the exponent, which would cost digits; no term exceeds 1 all the same.
-  __device__ __forceinline__ float add(float logit, float share, float& factor) {
-    float raised = warp_largest(logit);
+  // Takes in a logit per lane that counts, which is its dot product times `scale`: returns the lane's term, and the
+  // factor of what was summed before. The product is rounded with the difference, and the share is a factor and not a
+  // logarithm in the exponent: either would cost digits. No term exceeds 1 all the same.
+  __device__ __forceinline__ float add(float dot, bool counts, float scale, float share, float& factor) {
+    float raised = warp_largest(counts ? dot * scale : -INFINITY);
     if (share > 0.0f) raised += log2f(share);
     raised = fmaxf(largest, raised);
     const float anchor = raised == -INFINITY ? 0.0f : raised;
     factor = exp2f(largest - anchor);
-    const float term = share * exp2f(logit - anchor);
+    const float term = counts ? share * exp2f(fmaf(dot, scale, -anchor)) : 0.0f;
     sum = sum * factor + warp_sum(term);
     largest = raised;
     return term;
@@ -130,14 +144,14 @@ struct FmaTile {
     sync_block();
   }
 
-  // In base 2; -inf past the last token and for rows without a share.
-  __device__ __forceinline__ void find_logits(float (&logits)[ROWS_OF_WARP], const float (&share)[ROWS_OF_WARP],
-                                              int start) const {
-    const int lane = threadIdx.x % WARP;
-    find_dots(logits, queries + own * attention.depth, keys + lane * pitch, attention.depth);
-#pragma unroll
-    for (int r = 0; r < ROWS_OF_WARP; ++r)
-      logits[r] = start + lane < attention.tokens && share[r] > 0.0f ? logits[r] * attention.scale2 : -INFINITY;
+  // Of the warp's rows with the lane's token.
+  __device__ __forceinline__ void find_key_dots(float (&dots)[ROWS_OF_WARP]) const {
+    find_dots(dots, queries + own * attention.depth, keys + threadIdx.x % WARP * pitch, attention.depth);
+  }
+
+  // Whether the lane's token is one, and the row has a share in its prompt.
+  __device__ __forceinline__ bool counts(int start, float share) const {
+    return start + static_cast<int>(threadIdx.x % WARP) < attention.tokens && share > 0.0f;
   }
 
   template <class Norms>
@@ -184,11 +198,12 @@ __global__ void __launch_bounds__(FMA_THREADS) attention_fma_kernel(Attention<fl
       tile.stage_tokens(attention.prompt(tile.image, slot), start);
       if (!concerned) continue;
       float terms[ROWS];
-      tile.find_logits(terms, share, start);
+      tile.find_key_dots(terms);
 #pragma unroll
       for (int r = 0; r < ROWS; ++r) {
         float factor;
-        terms[r] = softmax[r].add(terms[r], attention.joint ? share[r] : 1.0f, factor);
+        const float weight = attention.joint ? share[r] : 1.0f;
+        terms[r] = softmax[r].add(terms[r], tile.counts(start, share[r]), attention.scale2, weight, factor);
 #pragma unroll
         for (int part = 0; part < FMA_PARTS; ++part) mixed[r][part] *= factor;
       }

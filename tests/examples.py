@@ -1,6 +1,6 @@
 """Random examples of the operations: each function draws (call, arguments) that `oracle.judge` takes.
 
-They have about a thousand results, so that the error is no accident of a few.
+They have a thousand results or more, so that the error is no accident of a few.
 """
 
 import random
@@ -62,7 +62,7 @@ def step(draw):
 
 def attention(draw):
     seed, mode, scale = draw.randint(0, 99), draw.choice(["blend", "joint"]), draw.choice([None, 0.1, 0.5])
-    b, n, heads, d = 1, draw.randint(40, 64), 1, draw.randint(16, 24)
+    b, n, heads, d = 1, draw.randint(120, 150), 1, draw.randint(16, 24)
     p, length, r = draw.randint(1, 3), draw.randint(1, 33), draw.choice([1, 2, 3, 20])
     weights = region_weights(b, r, n, seed=seed, hard=draw.random() < 0.5)
     call = lambda q, k, v, i, w: ops.regional_attention(q, k, v, i, w, mode=mode, scale=scale)  # noqa: E731

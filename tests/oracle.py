@@ -1,7 +1,8 @@
 """The test grid of the operations, and the judge: a backend's error against float64 is at most twice the reference's.
 
-The error is the largest over a result. Attention's may be its root mean square instead, with the largest at most four
-times the reference's: of a few numbers each is luck, which changes with the order in which matrix products sum.
+The error is the root mean square over a result, and the largest as well. In float32 attention the largest may be three
+times the reference's: it is that of one query with an unlucky logit, and changes with the order in which the
+processor's matrix products sum.
 
 Inputs are rounded to the precision under test first; float64 then gets the rounded values. Shared by every test of an
 operation, whatever the backend. Without a GPU the Triton kernels run in Triton's interpreter and the CUDA kernels in
@@ -123,7 +124,7 @@ def root_mean_square(difference):
 
 
 def judge(backend, call, arguments, dtype, gradients=0, attention=False):
-    """Holds a backend to the error budget, attention's or the strict one; returns its results."""
+    """Holds a backend to the error budget; returns its results."""
     rounded = [
         a.to(dtype).double() if isinstance(a, torch.Tensor) and a.dtype == torch.float64 else a for a in arguments
     ]
@@ -135,14 +136,10 @@ def judge(backend, call, arguments, dtype, gradients=0, attention=False):
         assert g.shape == x.shape and g.dtype == dtype
         # where the reference happens to be exact: one unit in the last place of the largest
         unit = torch.finfo(dtype).eps * x.abs().max().item() if x.numel() else 0.0
-        errors = [
-            (deviation(g, x, measure), deviation(e, x, measure) or unit) for measure in (largest, root_mean_square)
-        ]
-        told = ", ".join(f"{error:.3e} beside {usual:.3e}" for error, usual in errors)
-        within = errors[0][0] <= 2 * errors[0][1]
-        if attention:
-            within |= errors[1][0] <= 2 * errors[1][1] and errors[0][0] <= 4 * errors[0][1]
-        assert within, f"result {i} of {backend}, {dtype}: largest error and root mean square {told}"
+        for measure, factor in (root_mean_square, 2), (largest, 3 if attention and dtype == torch.float32 else 2):
+            error, usual = deviation(g, x, measure), deviation(e, x, measure) or unit
+            told = f"{measure.__name__} error {error:.3e} beside {usual:.3e}"
+            assert error <= factor * usual, f"result {i} of {backend}, {dtype}: {told}"
     return got
 
 
