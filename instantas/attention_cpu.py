@@ -167,7 +167,11 @@ def _take(tensor, rows):
 
 
 def _put(tensor, rows, values):
-    torch.ops.instantas_cpp.put_rows(tensor, rows, values.to(tensor.dtype).contiguous())
+    first, last = int(rows[0]), int(rows[-1])
+    if last - first + 1 == len(rows):
+        tensor[first : last + 1] = values
+    else:
+        torch.ops.instantas_cpp.put_rows(tensor, rows, values.to(tensor.dtype).contiguous())
 
 
 def _wide(dtype):
