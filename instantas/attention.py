@@ -98,7 +98,7 @@ class RegionalPrompts:
         self.bank = PromptBank(self.regions.lists if self.regions else region_lists(regions), encode)
         self._guided, self._scheduler, self._settings = guided, scheduler, settings
         self._where = self._pictures = self._laid_out = self.ids = None
-        self._weights = {}
+        self._weights, self._placed = {}, {}
 
     def base(self, prompt_embeds: torch.Tensor, negative_prompt_embeds: torch.Tensor | None = None) -> None:
         """Fix the base prompts, (pictures, L, D) each, in place of what the network is called with.
@@ -119,7 +119,14 @@ class RegionalPrompts:
         """
         if self.regions is None or self._pictures is None:
             raise ValueError("regions: expected a RegionMap, and base prompts set before, where windows are evaluated")
-        self._where = plan, rows, progress, view
+        device = self.regions.masks.device
+        placed = rows.to(device)
+        self._where = plan, rows, plan.tables(device)[0][placed[:, 1]], progress, view, False
+
+    def evaluate(self, context) -> None:
+        """As `at`, of the windows of a `sampler.StepContext`; waits for no device."""
+        progress = context.step / context.steps
+        self._where = context.plan, context.rows, context.origins, progress, context.view, context.captured
 
     def weights_at(self, grid: tuple[int, int]) -> torch.Tensor:
         """(B, S, h w) float32: the weight of each prompt in `ids` at the queries of a layer."""
@@ -150,7 +157,7 @@ class RegionalPrompts:
         self._project((call.get("cross_attention_kwargs") or {}).get("scale", 1.0))
 
     def _whole(self, sample, timestep):
-        """plan, rows, progress and view of a batch of whole canvases."""
+        """plan, rows, origins, progress, view and no capture, of a batch of whole canvases."""
         size = tuple(sample.shape[-2:])
         if self.regions is None or (self._settings and self.regions.latents != size):
             cell = self._settings["cell"]
@@ -165,7 +172,8 @@ class RegionalPrompts:
             )
         pictures = len(sample) // 2 if guided else len(sample)
         rows = torch.stack([torch.arange(pictures), torch.zeros(pictures, dtype=torch.int64)], dim=1)
-        return WindowPlan.minimum_coverage(*size, size), rows, self._progress(timestep), None
+        origins = torch.zeros(pictures, 2, dtype=torch.int32, device=self.regions.masks.device)
+        return WindowPlan.minimum_coverage(*size, size), rows, origins, self._progress(timestep), None, False
 
     def _progress(self, timestep):
         """The part of the scheduler's steps that lies behind; read only where it matters, as it waits for the GPU."""
@@ -178,8 +186,11 @@ class RegionalPrompts:
         now = float(timestep.flatten()[0] if isinstance(timestep, torch.Tensor) else timestep)
         return sum(t > now for t in steps) / len(steps)
 
-    def _lay_out(self, sample, plan, rows, progress, view):
-        """The ids, and the weights at every resolution, once for all layers; kept while nothing changes."""
+    def _lay_out(self, sample, plan, rows, origins, progress, view, captured):
+        """The ids, and the weights at every resolution, once for all layers; kept while nothing changes.
+
+        What is captured is laid out by the graph itself, every time.
+        """
         (h, w), batch = tuple(sample.shape[-2:]), len(sample)
         branches = batch // len(rows)
         if plan.window != (h, w) or batch != branches * len(rows) or branches not in (1, 2):
@@ -189,26 +200,35 @@ class RegionalPrompts:
             )
         says = self.regions.says(progress)
         laid_out = self.bank.number, plan, rows.tolist(), view, says, branches, sample.device
-        if self._laid_out == laid_out:
+        if self._laid_out == laid_out and not captured:
             return
+        self.ids, slots, lists = self._attended(rows, branches, sample.device)
+        shares = self.regions.windows_at(plan, lists, origins, progress, view)
+        shares = shares.to(sample.device).repeat(branches, 1, 1, 1)
+        weights, self._weights = torch.einsum("brs,brhw->bshw", slots, shares.double()).float().contiguous(), {}
+        while (h, w) not in self._weights:
+            self._weights[h, w] = weights.flatten(2)
+            weights = average(weights, 2)
+            h, w = weights.shape[-2:]
+        self._laid_out = None if captured else laid_out
+
+    def _attended(self, rows, branches, device):
+        """On the device: the ids, the slots of the regions in them as one-hot rows, the list of each row's picture."""
         pictures = self._pictures or len(rows)
         if pictures % self.regions.pictures:
             raise ValueError(
                 f"regions: expected one list, or one for each of {pictures} pictures, got {self.regions.pictures}"
             )
-        lists = rows[:, 0] * self.regions.pictures // pictures
-        ids, slots = self.bank.attended(self._elements(rows, lists.tolist(), branches), self.regions.masks.shape[1])
-        shares = self.regions.windows(plan, torch.stack([lists, rows[:, 1]], dim=1), progress, view)
-        shares = shares.to(sample.device).repeat(branches, 1, 1, 1)
-        # float64: products with 0 and 1, which no reduced precision of matrix products may round
-        slots = torch.nn.functional.one_hot(slots, ids.shape[1]).double().to(sample.device)
-        weights = torch.einsum("brs,brhw->bshw", slots, shares.double()).float().contiguous()
-        self.ids, self._weights = ids.to(sample.device), {}
-        while (h, w) not in self._weights:
-            self._weights[h, w] = weights.flatten(2)
-            weights = average(weights, 2)
-            h, w = weights.shape[-2:]
-        self._laid_out = laid_out
+        known = self.bank.number, tuple(rows[:, 0].tolist()), branches, device
+        if known not in self._placed:
+            if any(number != self.bank.number for number, *_ in self._placed):
+                self._placed.clear()
+            lists = rows[:, 0] * self.regions.pictures // pictures
+            ids, slots = self.bank.attended(self._elements(rows, lists.tolist(), branches), self.regions.masks.shape[1])
+            # float64: products with 0 and 1, which no reduced precision of matrix products may round
+            slots = torch.nn.functional.one_hot(slots, ids.shape[1]).double()
+            self._placed[known] = ids.to(device), slots.to(device), lists.to(self.regions.masks.device)
+        return self._placed[known]
 
     def _elements(self, rows, lists, branches):
         """(base prompt, list of regions, whether conditional) of each element of the batch."""

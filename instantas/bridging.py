@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from numbers import Real
 from typing import Protocol
 
@@ -33,19 +33,25 @@ class View:
 
     rows: torch.Tensor
     columns: torch.Tensor
+    _placed: dict = field(default_factory=dict, init=False, repr=False)
 
     def see(self, canvas: torch.Tensor) -> torch.Tensor:
         """(..., H, W) -> (..., len(rows), len(columns))."""
-        rows, columns = self.rows.to(canvas.device), self.columns.to(canvas.device)
+        rows, columns, _, _ = self.on(canvas.device)
         return canvas.index_select(-2, rows).index_select(-1, columns)
 
     def back(self, seen: torch.Tensor) -> torch.Tensor:
         """The inverse of `see`; of a cell that was seen more than once, the first."""
-        first = [
-            torch.from_numpy(np.unique(index.numpy(), return_index=True)[1]) for index in (self.rows, self.columns)
-        ]
-        rows, columns = (index.to(seen.device) for index in first)
+        _, _, rows, columns = self.on(seen.device)
         return seen.index_select(-2, rows).index_select(-1, columns)
+
+    def on(self, device: torch.device) -> tuple[torch.Tensor, ...]:
+        """rows and columns, and the places in them where each cell is seen first; copied to a device once."""
+        if device not in self._placed:
+            seen = self.rows, self.columns
+            first = (torch.from_numpy(np.unique(index.numpy(), return_index=True)[1]) for index in seen)
+            self._placed[device] = tuple(index.to(device) for index in (*seen, *first))
+        return self._placed[device]
 
 
 @dataclass(frozen=True, eq=False)

@@ -111,14 +111,12 @@ class MicroConditions:
         """(m, 6) int64: original size, crop and target size of each window of a `sampler.StepContext`."""
         # padding to whole cells is no part of the picture
         window = [min(side * cell, whole) for side, whole in zip(context.plan.window, self.canvas)]
-        original, places = self.canvas, torch.from_numpy(context.plan.origins.copy())[context.rows[:, 1]] * cell
+        original, (y, x) = self.canvas, context.origins.long().mul(cell).T
         if context.view is not None:  # each window sees the whole picture, in strides
-            original, places = window, torch.zeros_like(places)
-        original, target = (
-            torch.tensor(list(size)).expand(len(places), 2)
-            for size in (self.original_size or original, self.target_size or window)
-        )
-        return torch.cat([original, places + torch.tensor(self.crop), target], dim=1)
+            original, y, x = window, torch.zeros_like(y), torch.zeros_like(x)
+        sizes = (*(self.original_size or original), *(self.target_size or window))
+        top, left, bottom, right = (torch.full_like(y, size) for size in sizes)
+        return torch.stack([top, left, y + self.crop[0], x + self.crop[1], bottom, right], dim=1)
 
 
 def micro_conditions(pipe, canvas, given: tuple, negative: tuple) -> MicroConditions | None:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from instantas.attention import RegionalPrompts
 from instantas.conditions import Control, MicroConditions, Prompts
+from instantas.masks import cut
 
 
 class WindowDenoiser:
@@ -39,11 +40,17 @@ class WindowDenoiser:
         self.cross_attention_kwargs = cross_attention_kwargs
         self.guided = prompts.negative is not None
 
+    def phase(self, context):
+        """What is done differently at some steps than at others, for `instantas.graphs`."""
+        progress = context.step / context.steps
+        regions = None if self.regional is None else self.regional.regions.says(progress)
+        return regions, None if self.control is None else self._scales(context)
+
     def __call__(self, windows: torch.Tensor, timestep: torch.Tensor, context):
         """(cond, uncond) of windows (m, C, h, w); uncond None without guidance."""
         if self.regional is not None:
-            self.regional.at(context.plan, context.rows, context.step / context.steps, context.view)
-        picture = context.rows[:, 0].to(windows.device)
+            self.regional.evaluate(context)
+        picture = context.pictures
         text = self._both(self.prompts.negative, self.prompts.embeds, picture)
         sample = torch.cat([windows, windows]) if self.guided else windows
         added = self._added(picture, context, text.dtype)
@@ -75,12 +82,11 @@ class WindowDenoiser:
         if self.guided:
             ids = torch.cat([(self.micro.negative or self.micro).ids(context, self.cell), ids])
         pooled = self._both(self.prompts.negative_pooled, self.prompts.pooled, picture)
-        return {"text_embeds": pooled, "time_ids": ids.to(picture.device, dtype)}
+        return {"text_embeds": pooled, "time_ids": ids.to(dtype)}
 
     def _controlled(self, sample, timestep, text, added, picture, context):
         control = self.control
-        begins, ends = context.step / context.steps, (context.step + 1) / context.steps
-        scales = [s * (start <= begins and ends <= end) for s, (start, end) in zip(control.scales, control.spans)]
+        scales = list(self._scales(context))
         images = [self._under(image, picture, context).to(sample.dtype) for image in control.images]
         alone = len(picture) if control.guess_mode and self.guided else 0  # leaves the unconditional half out
         if self.guided and not alone:
@@ -101,13 +107,15 @@ class WindowDenoiser:
             middle = torch.cat([torch.zeros_like(middle), middle])
         return {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
 
+    def _scales(self, context):
+        """Of each ControlNet; 0 outside of its span."""
+        begins, ends = context.step / context.steps, (context.step + 1) / context.steps
+        spans = zip(self.control.scales, self.control.spans)
+        return tuple(scale * (start <= begins and ends <= end) for scale, (start, end) in spans)
+
     def _under(self, image, picture, context):
         """The part of the control image under each window; all of it, made small, for one that sees the whole."""
         h, w = (side * self.cell for side in context.plan.window)
         if context.view is not None:
             return F.interpolate(image, (h, w), mode="area")[picture]
-        origins = torch.from_numpy(context.plan.origins.copy())[context.rows[:, 1]].to(image.device) * self.cell
-        y = (origins[:, :1] + torch.arange(h, device=image.device)) % image.shape[-2]
-        x = (origins[:, 1:] + torch.arange(w, device=image.device)) % image.shape[-1]
-        rows = image.movedim(1, -1)[picture[:, None, None], y[:, :, None], x[:, None, :]]
-        return rows.movedim(-1, 1)
+        return cut(image, picture, context.origins * self.cell, (h, w))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
 from numbers import Integral
 
 import torch
@@ -44,10 +43,10 @@ class Evaluator:
         """
         whole, start = None, 0
         while start < len(windows):
-            given = windows[start : start + self.batch]
-            rows = context.rows[start : start + self.batch]
+            some = slice(start, start + self.batch)
+            given = windows[some]
             try:
-                part = _pair(self.denoiser(given, context.timestep, replace(context, rows=rows)), given)
+                part = _pair(self.denoiser(given, context.timestep, context.part(some)), given)
             except RuntimeError as error:
                 if len(given) == 1 or not _out_of_memory(error):
                     raise
@@ -64,7 +63,7 @@ class Evaluator:
                 raise ValueError("denoiser: expected uncond for all windows or for none, got it for a part of them")
             for target, p in zip(whole, part):
                 if p is not None:
-                    target[start : start + len(given)] = p
+                    target[some] = p
             start += len(given)
         return whole
 
@@ -78,7 +77,7 @@ class Evaluator:
         """Say once, at the first batch that fits, which one did not."""
         if self.failed and not self.warned:
             self.warned = True
-            warnings.warn(f"out of memory with {self.failed} windows at once; going on with {self.batch}", stacklevel=5)
+            warnings.warn(f"out of memory with {self.failed} windows at once; going on with {self.batch}", stacklevel=6)
 
 
 def _out_of_memory(error):

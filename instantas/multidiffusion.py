@@ -10,11 +10,10 @@ from collections.abc import Sequence
 
 import torch
 
-from instantas import ops
 from instantas.conditions import Prompts, embed
 from instantas.denoiser import WindowDenoiser
+from instantas.masks import cut
 from instantas.regions import Region, RegionMap
-from instantas.windows import WindowPlan
 
 BOOTSTRAPPING = 20  # steps, of the authors' 50
 
@@ -29,7 +28,6 @@ class RegionDenoiser:
         denoisers: of the base prompt, then of each region's.
         regions: their shares.
         noise: (pictures, C, H, W), what the run starts from.
-        plan: the windows of the run.
         backgrounds: (BOOTSTRAPPING, C) latents of plain colours, one for each of the first steps.
     """
 
@@ -38,17 +36,15 @@ class RegionDenoiser:
         denoisers: Sequence[WindowDenoiser],
         regions: RegionMap,
         noise: torch.Tensor,
-        plan: WindowPlan,
         backgrounds: torch.Tensor,
     ):
         self.denoisers, self.regions = denoisers, regions
-        self.noise, self.backgrounds = ops.gather_windows(noise, plan), backgrounds
+        self.noise, self.backgrounds = noise, backgrounds
 
     def __call__(self, windows: torch.Tensor, timestep: torch.Tensor, context):
         """(cond, uncond or None) of windows (m, C, h, w)."""
-        rows = context.rows.clone()
-        rows[:, 0] = rows[:, 0] * self.regions.pictures // len(self.noise)
-        shares = self.regions.windows(context.plan, rows, context.step / context.steps)
+        lists, progress = context.pictures * self.regions.pictures // len(self.noise), context.step / context.steps
+        shares = self.regions.windows_at(context.plan, lists, context.origins, progress)
         shares = (shares / shares.sum(1, keepdim=True)).to(windows.dtype)[:, :, None]
         surroundings = self._surroundings(windows, context)
         total = None
@@ -66,8 +62,8 @@ class RegionDenoiser:
         if context.step >= len(self.backgrounds) or context.level is None:
             return None
         colour = self.backgrounds[context.step].to(windows)[:, None, None]
-        picture, window = context.rows.T.to(windows.device)
-        return context.level.signal * colour + context.level.noise * self.noise[picture, window]
+        noise = cut(self.noise, context.pictures, context.origins, context.plan.window)
+        return context.level.signal * colour + context.level.noise * noise
 
 
 def plain_colours(vae, generator, device: torch.device) -> torch.Tensor:

@@ -282,7 +282,7 @@ class InstantASPipeline:
             timestep_cond=None if distilled is None else self._guidance_embedding(guidance_scale).to(noise),
             cross_attention_kwargs=cross_attention_kwargs,
         )
-        paint = self._denoiser(method, prompts, conditions, region_map, region_mode, noise, plan, generator, how)
+        paint = self._denoiser(method, prompts, conditions, region_map, region_mode, noise, generator, how)
         with paint as denoiser, pipe.progress_bar(total=pictures * evaluated) as bar:
             bar.unit = "window"
             result = sample(
@@ -345,7 +345,7 @@ class InstantASPipeline:
         )
 
     @contextlib.contextmanager
-    def _denoiser(self, method, prompts, conditions, region_map, region_mode, noise, plan, generator, how):
+    def _denoiser(self, method, prompts, conditions, region_map, region_mode, noise, generator, how):
         """The denoiser of a run: the UNet's, with regional prompts installed on it, or MultiDiffusion's of regions."""
         pipe = self.pipe
         make = functools.partial(WindowDenoiser, pipe, cell=self.cell, **conditions)
@@ -355,7 +355,7 @@ class InstantASPipeline:
             slots = range(max(map(len, region_map.lists)))
             each = [prompts, *(region_prompts(pipe, region_map.lists, slot, prompts, **how) for slot in slots)]
             colours = plain_colours(pipe.vae, generator, noise.device)
-            yield RegionDenoiser([make(found) for found in each], region_map, noise, plan, colours)
+            yield RegionDenoiser([make(found) for found in each], region_map, noise, colours)
         else:
             encode = functools.partial(encode_prompts, pipe, **how)
             with regional_prompts(pipe.unet, region_map, pipe=pipe, encode=encode, mode=region_mode) as regional:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from instantas.masks import average, box_mask, feather, fit_mask, read_mask
+from instantas.masks import average, box_mask, cut, feather, fit_mask, read_mask
 from instantas.windows import WindowPlan
 
 MAX_PROMPTS = 64  # for one picture: the base prompt and 63 regions
@@ -262,18 +262,21 @@ class RegionMap:
             rows: (m, 2) int64 on the CPU, the (picture, window) of each.
             view: what the windows are cut from (`instantas.bridging.View`); None: the canvas.
         """
+        placed = rows.to(self.masks.device)
+        origins = plan.tables(placed.device)[0][placed[:, 1]]
+        return self.windows_at(plan, placed[:, 0], origins, progress, view)
+
+    def windows_at(
+        self, plan: WindowPlan, pictures: torch.Tensor, origins: torch.Tensor, progress: float = 0.0, view=None
+    ) -> torch.Tensor:
+        """As `windows`, of windows said on the masks' device: (m,) int64 pictures, (m, 2) integer origins (y, x)."""
         shares = self.shares(progress)
         shares = shares if view is None else view.see(shares)
         if (plan.height, plan.width) != shares.shape[-2:]:
             raise ValueError(
                 f"plan: expected {shares.shape[-2]} x {shares.shape[-1]} cells, got {plan.height} x {plan.width}"
             )
-        origins = torch.from_numpy(plan.origins.copy())[rows[:, 1]]
-        (h, w), device = plan.window, shares.device
-        y = (origins[:, :1] + torch.arange(h)) % plan.height
-        x = (origins[:, 1:] + torch.arange(w)) % plan.width
-        picture, y, x = rows[:, 0, None, None].to(device), y[:, :, None].to(device), x[:, None, :].to(device)
-        return shares.movedim(1, -1)[picture, y, x].movedim(-1, 1).contiguous()
+        return cut(shares, pictures, origins, plan.window)
 
     def guidance(self, guidance_scale: float) -> float | torch.Tensor:
         """The guidance scale of each cell, (rows, columns) float32; the given one if no region has its own.

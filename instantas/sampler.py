@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral, Real
 
 import torch
@@ -16,6 +16,7 @@ import torch
 from instantas import ops
 from instantas.bridging import Bridge, Stage, View, bridge
 from instantas.evaluator import Evaluator
+from instantas.graphs import StepGraphs
 from instantas.noise import Level, levels
 from instantas.schedulers import probe, step_keywords
 from instantas.windows import WindowPlan
@@ -32,6 +33,11 @@ class StepContext:
         view: what they are cut from (`bridging.View`, for masks to be seen through too); None: the canvas.
         rows: (m, 2) int64 on the CPU, the (picture, window) of each window given.
         level: the step's noise level, and what is predicted; None for a scheduler whose levels are not known.
+        pictures: (m,) int64 on the latents' device, the picture of each window given.
+        origins: (m, 2) int32 on the latents' device, the (y, x) of each.
+        captured: whether the call is captured in a CUDA graph. The tensors on the device then are of the step that is
+            replayed, `level` is made of such tensors, and all else is of one step for several, whose pictures are the
+            same and whose windows may lie elsewhere.
     """
 
     step: int
@@ -41,6 +47,13 @@ class StepContext:
     rows: torch.Tensor
     level: Level | None
     view: View | None = None
+    pictures: torch.Tensor | None = None
+    origins: torch.Tensor | None = None
+    captured: bool = False
+
+    def part(self, some: slice) -> StepContext:
+        """The context of a part of the windows."""
+        return replace(self, rows=self.rows[some], pictures=self.pictures[some], origins=self.origins[some])
 
 
 def sample(
@@ -58,6 +71,7 @@ def sample(
     weight: torch.Tensor | None = None,
     window_batch_size: int | None = None,
     bridging: str | Bridge | None = None,
+    cuda_graph: bool = False,
     callback: Callable | None = None,
 ) -> torch.Tensor:
     """Denoise a canvas of any size through the windows of a plan.
@@ -89,6 +103,9 @@ def sample(
         window_batch_size: windows in one call of the denoiser; None: 4. Halved, with one warning, when memory is out.
         bridging: name or object (`instantas.bridging`) that chooses plan, evaluated windows and adjustment of each
             step. None: the same plan at every step. With a plan per step, `weight` must fit them all.
+        cuda_graph: capture a step, from gathering to the scheduler's update, once for all steps that are alike, and
+            replay it: `instantas.graphs`. For a denoiser that CUDA can capture, on a scheduler with a recurrence. No
+            gradients.
         callback: function of (step, timestep, latents) after each step; returns latents to go on with, or None.
             StopIteration ends the run with the latents as they are.
 
@@ -106,40 +123,96 @@ def sample(
     stages = _stages(bridging, plan, len(scheduler.timesteps), weight, latents.device)
     known = _levels(scheduler, stages)
     _check_step(latents, [(Stage(plan), weight), *stages], guidance_scale)
-
     recurrence = probe(scheduler, eta)
-    update = _LinearUpdate(recurrence, latents) if recurrence else _SchedulerUpdate(scheduler, generator, eta)
-    whole = WindowPlan.minimum_coverage(plan.height, plan.width, (plan.height, plan.width))
-    latest = _Latest() if any(stage.evaluated is not None for stage, _ in stages) else None
-    canvas = latents * getattr(scheduler, "init_noise_sigma", 1.0)
-    for i, (t, level, (stage, weight)) in enumerate(zip(scheduler.timesteps, known, stages)):
-        context = StepContext(i, len(stages), t, stage.plan, _rows(len(latents), stage), level, stage.view)
-        noisy = update.scale(canvas, i, t)
-        plan, chosen = stage.plan, _chosen(stage, latents.device)
+    _check_graph(cuda_graph, latents, scheduler, recurrence)
+
+    update = _LinearUpdate(recurrence) if recurrence else _SchedulerUpdate(scheduler, generator, eta)
+    reuse = any(stage.evaluated is not None for stage, _ in stages)
+    advance = _Advance(evaluate, update, guidance_scale, guidance_rescale, plan, reuse)
+    steps = _steps(latents, scheduler.timesteps, stages, known, recurrence)
+    if cuda_graph:
+        advance = StepGraphs(advance, steps, getattr(denoiser, "phase", None))
+    state = State(latents * getattr(scheduler, "init_noise_sigma", 1.0), update.history(latents))
+    for i, (t, step) in enumerate(zip(scheduler.timesteps, steps)):
+        state = advance(state, step)
+        if callback is not None:
+            try:
+                replaced = callback(i, t, state.canvas.clone() if cuda_graph else state.canvas)
+            except StopIteration:
+                break
+            state = state if replaced is None else replace(state, canvas=replaced)
+    return state.canvas
+
+
+@dataclass(frozen=True)
+class State:
+    """What goes from step to step: (B, C, H, W) tensors, and the scheduler's history (k, B, C, H, W).
+
+    cond, uncond, noisy: the latest prediction at each cell and what it was made from, where predictions are re-used.
+    """
+
+    canvas: torch.Tensor
+    history: torch.Tensor | None = None
+    cond: torch.Tensor | None = None
+    uncond: torch.Tensor | None = None
+    noisy: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """What one step does, with its numbers on the device.
+
+    Attributes:
+        context: of all windows evaluated.
+        chosen: indices of these among the plan's windows; None: all.
+        weight: overlap weight.
+        before: noise level of the step before.
+        coefficients, keep, scale: of `schedulers.Recurrence`; None for a scheduler that has none.
+    """
+
+    context: StepContext
+    stage: Stage
+    chosen: torch.Tensor | None
+    weight: torch.Tensor | None
+    before: Level | None
+    coefficients: torch.Tensor | None = None
+    keep: torch.Tensor | None = None
+    scale: torch.Tensor | None = None
+
+
+class _Advance:
+    """One step of a run: a function of (state, step) that gives the next state, and waits for no device."""
+
+    def __init__(self, evaluate, update, guidance, rescale, plan, reuse):
+        self.evaluate, self.update, self.guidance, self.rescale = evaluate, update, guidance, rescale
+        self.whole = WindowPlan.minimum_coverage(plan.height, plan.width, (plan.height, plan.width))
+        self.reuse = reuse
+
+    def __call__(self, state: State, step: Step) -> State:
+        stage, context, chosen, weight = step.stage, step.context, step.chosen, step.weight
+        plan, whole, guidance = context.plan, self.whole, self.guidance
+        noisy = self.update.scale(state.canvas, step)
         seen = noisy if stage.view is None else stage.view.see(noisy)
-        cond, uncond = _evaluated(evaluate, ops.gather_windows(seen, plan), chosen, context)
+        cond, uncond = _evaluated(self.evaluate, ops.gather_windows(seen, plan), chosen, context)
         if stage.view is not None:
             merged = (p if p is None else ops.scatter_windows(p, plan) for p in (cond, uncond))
             cond, uncond = (p if p is None else stage.view.back(p)[:, None] for p in merged)
             plan, weight = whole, None
-        if latest is not None:
-            cond, uncond = latest.merge(cond, uncond, chosen, plan, weight, level, noisy)
+        latest = {}
+        if self.reuse:
+            fresh = None if cond is None else (cond, uncond)
+            parts = _latest(fresh, chosen, plan, weight, state, step, noisy)
+            latest = dict(zip(("cond", "uncond"), parts), noisy=noisy)
+            cond, uncond = (p if p is None else p[:, None] for p in parts)
             plan, weight = whole, None
-        if uncond is not None and guidance_rescale > 0:
-            merged = _rescaled(cond, uncond, plan, weight, guidance_scale, guidance_rescale)
+        if uncond is not None and self.rescale > 0:
+            merged = _rescaled(cond, uncond, plan, weight, guidance, self.rescale)
             cond, uncond, plan, weight = merged[:, None], None, whole, None
         if stage.adjust is not None:
-            merged = _guided(cond, uncond, plan, weight, guidance_scale)[0]
+            merged = _guided(cond, uncond, plan, weight, guidance)[0]
             cond, uncond, plan, weight = stage.adjust(merged, noisy, context)[:, None], None, whole, None
-        canvas = update.step(cond, uncond, canvas, plan, weight, guidance_scale, i, t)
-        del cond, uncond  # else they would be held while the next step's windows are evaluated
-        if callback is not None:
-            try:
-                replaced = callback(i, t, canvas)
-            except StopIteration:
-                break
-            canvas = canvas if replaced is None else replaced
-    return canvas
+        canvas, history = self.update.step(cond, uncond, state, plan, weight, guidance, step)
+        return State(canvas, history, **latest)
 
 
 def set_timesteps(scheduler, num_inference_steps, timesteps, device) -> None:
@@ -170,27 +243,18 @@ def set_timesteps(scheduler, num_inference_steps, timesteps, device) -> None:
 class _LinearUpdate:
     """Merging, guidance and the scheduler's step in one pass, with coefficients that lie on the device."""
 
-    def __init__(self, recurrence, latents):
-        self.scaled = bool((recurrence.input_scale != 1).any())
-        self.table = recurrence.to(latents.device)
-        self.history = latents.new_zeros(recurrence.history, *latents.shape) if recurrence.history else None
+    def __init__(self, recurrence):
+        self.scaled, self.entries = bool((recurrence.input_scale != 1).any()), recurrence.history
 
-    def scale(self, canvas, i, t):
-        return canvas * self.table.input_scale[i] if self.scaled else canvas
+    def history(self, latents):
+        return latents.new_zeros(self.entries, *latents.shape) if self.entries else None
 
-    def step(self, cond, uncond, canvas, plan, weight, guidance, i, t):
-        canvas, self.history = ops.guided_step(
-            cond,
-            uncond,
-            canvas,
-            plan,
-            self.table.coefficients[i],
-            guidance,
-            weight=weight,
-            history=self.history,
-            keep=self.table.keep[i],
-        )
-        return canvas
+    def scale(self, canvas, step):
+        return canvas * step.scale if self.scaled else canvas
+
+    def step(self, cond, uncond, state, plan, weight, guidance, step):
+        numbers = dict(weight=weight, history=state.history, keep=step.keep)
+        return ops.guided_step(cond, uncond, state.canvas, plan, step.coefficients, guidance, **numbers)
 
 
 class _SchedulerUpdate:
@@ -200,13 +264,17 @@ class _SchedulerUpdate:
         self.scheduler = scheduler
         self.keywords = step_keywords(scheduler, generator, eta)
 
-    def scale(self, canvas, i, t):
-        scale = getattr(self.scheduler, "scale_model_input", None)
-        return canvas if scale is None else scale(canvas, t).to(canvas.dtype)
+    def history(self, latents):
+        return None
 
-    def step(self, cond, uncond, canvas, plan, weight, guidance, i, t):
-        merged = _guided(cond, uncond, plan, weight, guidance)[0]
-        return self.scheduler.step(merged, t, canvas, return_dict=False, **self.keywords)[0].to(canvas.dtype)
+    def scale(self, canvas, step):
+        scale = getattr(self.scheduler, "scale_model_input", None)
+        return canvas if scale is None else scale(canvas, step.context.timestep).to(canvas.dtype)
+
+    def step(self, cond, uncond, state, plan, weight, guidance, step):
+        merged, canvas = _guided(cond, uncond, plan, weight, guidance)[0], state.canvas
+        stepped = self.scheduler.step(merged, step.context.timestep, canvas, return_dict=False, **self.keywords)
+        return stepped[0].to(canvas.dtype), None
 
 
 def _guided(cond, uncond, plan, weight, guidance):
@@ -224,12 +292,6 @@ def _rescaled(cond, uncond, plan, weight, guidance, share):
     return guided * (share * ratio + 1 - share)
 
 
-def _chosen(stage, device):
-    """Indices of the evaluated windows, or None for all."""
-    every = stage.evaluated is None or bool(stage.evaluated.all())
-    return None if every else stage.evaluated.nonzero()[:, 0].to(device)
-
-
 def _evaluated(evaluate, windows, chosen, context):
     """Predictions (B, n, C, h, w), zero where a window is not evaluated; (None, None) where none is."""
     b, n = windows.shape[:2]
@@ -244,29 +306,20 @@ def _evaluated(evaluate, windows, chosen, context):
     )
 
 
-class _Latest:
-    """The latest prediction made at each cell, carried from noise level to noise level."""
-
-    def __init__(self):
-        self.parts = self.level = self.noisy = None
-
-    def merge(self, cond, uncond, chosen, plan, weight, level, noisy):
-        """Predictions (B, 1, C, H, W): of the evaluated windows where one covers the cell, else the latest known."""
-        if self.parts is None:
-            self.parts = (None, None)
-        elif self.level is not None:
-            self.parts = tuple(p if p is None else self.level.carry(p, self.noisy, level) for p in self.parts)
-        if cond is not None:
-            share = None if chosen is None else _share(chosen, plan, weight, cond.device)
-            self.parts = tuple(_over(p, old, share, plan, weight) for p, old in zip((cond, uncond), self.parts))
-        self.level, self.noisy = level, noisy
-        return tuple(p if p is None else p[:, None] for p in self.parts)
+def _latest(fresh, chosen, plan, weight, state, step, noisy):
+    """The latest predictions (cond, uncond): of the evaluated windows where one covers the cell, else those known."""
+    known = state.cond, state.uncond
+    if step.before is not None:
+        known = tuple(p if p is None else step.before.carry(p, state.noisy, step.context.level) for p in known)
+    if fresh is None:
+        return known
+    share = None if chosen is None else _share(chosen, plan, weight, noisy.device)
+    return tuple(_over(p, old, share, plan, weight) for p, old in zip(fresh, known))
 
 
 def _share(chosen, plan, weight, device):
     """(1, 1, H, W): the part of a cell's overlap weight that the evaluated windows have."""
-    marks = torch.zeros(1, plan.count, 1, *plan.window, device=device)
-    marks[:, chosen] = 1
+    marks = torch.zeros(1, plan.count, 1, *plan.window, device=device).index_fill(1, chosen, 1.0)
     return ops.scatter_windows(marks, plan, weight)
 
 
@@ -278,11 +331,29 @@ def _over(fresh, latest, share, plan, weight):
     return torch.where(share > 0, merged.to(fresh.dtype), latest)
 
 
-def _rows(pictures, stage):
-    windows = torch.arange(stage.plan.count)
-    if stage.evaluated is not None:
-        windows = windows[stage.evaluated]
-    return torch.cartesian_prod(torch.arange(pictures), windows)
+def _steps(latents, timesteps, stages, known, recurrence):
+    """All steps, with everything from the host copied before the first: the loop waits for no device."""
+    device, steps, like = latents.device, [], {}
+    numbers = recurrence and recurrence.to(device)
+    for i, (t, level, (stage, weight)) in enumerate(zip(timesteps, known, stages)):
+        key = stage.plan.count, None if stage.evaluated is None else tuple(stage.evaluated.tolist())
+        if key not in like:
+            windows = torch.arange(stage.plan.count)
+            every = stage.evaluated is None or bool(stage.evaluated.all())
+            windows = windows if every else windows[stage.evaluated]
+            rows = torch.cartesian_prod(torch.arange(len(latents)), windows)
+            like[key] = rows, rows.to(device), None if every else windows.to(device)
+        rows, placed, chosen = like[key]
+        if stage.view is not None:
+            stage.view.on(device)
+        pictures, origins = placed[:, 0], stage.plan.tables(device)[0][placed[:, 1]]
+        context = StepContext(i, len(stages), t, stage.plan, rows, level, stage.view, pictures, origins)
+        step = Step(context, stage, chosen, weight, known[i - 1] if i else None)
+        if recurrence:
+            table = numbers.coefficients[i], numbers.keep[i], numbers.input_scale[i]
+            step = replace(step, **dict(zip(("coefficients", "keep", "scale"), table)))
+        steps.append(step)
+    return steps
 
 
 def _stages(bridging, plan, steps, weight, device):
@@ -340,6 +411,18 @@ def check_settings(pictures: int, guidance_rescale, eta, generator) -> None:
         raise TypeError(f"generator: expected a torch.Generator or a list of them, got {type(wrong[0]).__name__}")
     if isinstance(generator, list) and len(generator) != pictures:
         raise ValueError(f"generator: expected one for each of {pictures} pictures, got {len(generator)}")
+
+
+def _check_graph(cuda_graph, latents, scheduler, recurrence):
+    if not isinstance(cuda_graph, bool):
+        raise TypeError(f"cuda_graph: expected True or False, got {cuda_graph!r}")
+    if cuda_graph and latents.device.type != "cuda":
+        raise ValueError(f"cuda_graph: expected False for latents that are not on a CUDA device, got {latents.device}")
+    if cuda_graph and recurrence is None:
+        raise ValueError(
+            "cuda_graph: expected False with a scheduler that draws noise or is no short linear recurrence, got True "
+            f"with {type(scheduler).__name__}"
+        )
 
 
 def _check_step(latents, stages, guidance_scale):
