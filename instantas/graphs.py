@@ -15,7 +15,6 @@ from dataclasses import fields, replace
 import numpy as np
 import torch
 
-from instantas import ops
 from instantas.noise import Level
 from instantas.windows import WindowPlan
 
@@ -76,20 +75,18 @@ class StepGraphs:
         """Copy what is not there yet to where the state lies."""
         if self.state is None:
             self.state = replace(state, canvas=state.canvas.clone())
-        for field in fields(state):
-            new, old = getattr(state, field.name), getattr(self.state, field.name)
-            if new is not None and old is None:
-                self.state = replace(self.state, **{field.name: new.clone()})
-            elif new is not old and new is not None:
-                old.copy_(new)
+        names = [field.name for field in fields(state)]
+        kept = {name: getattr(self.state, name) for name in names}
+        for name in sorted(names, key="noisy".__ne__):  # first, as it may be the canvas that is written over
+            new = getattr(state, name)
+            if new is not None and kept[name] is None:
+                self.state = replace(self.state, **{name: new.clone()})
+            elif new is not None and new is not kept[name]:
+                kept[name].copy_(new)
 
     def _captured(self, kind, step):
         rows = _Rows([s for s, other in zip(self.steps, self.kinds) if other == kind and s is not self._first(kind)])
         live = rows.step(step)
-        # what these check of a plan once, and would wait for
-        none = self.state.canvas[:0]
-        windows = ops.gather_windows(none, live.context.plan)
-        ops.scatter_windows(windows, live.context.plan, live.weight)
 
         def step_of_counter():
             rows.take()
@@ -105,15 +102,15 @@ class StepGraphs:
 
 def _kind(step, phase):
     """What is the same of alike steps; None for a step that is not captured."""
-    stage, plan, context = step.stage, step.context.plan, step.context
+    stage, plan, context, weight = step.stage, step.context.plan, step.context, step.weight
     if stage.view is not None or stage.adjust is not None or not len(context.rows):
         return None
     return (
         (plan.height, plan.width, plan.window, plan.wrap),
         tuple(context.rows[:, 0].tolist()),
-        plan.count if step.chosen is None else None,
+        plan.count if step.chosen is None or weight is not None and weight.dim() == 3 else None,
         step.before is None,
-        _value(step.weight),
+        _value(weight),
         phase and phase(context),
     )
 

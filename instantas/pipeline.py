@@ -171,6 +171,7 @@ class InstantASPipeline:
         bridging="default",
         wrap: tuple[bool, bool] = (False, False),
         window_batch_size: int | None = None,
+        cuda_graph: bool = False,
         method: str = "instantas",
         stride: int | tuple[int, int] | None = None,
         image=None,
@@ -209,6 +210,8 @@ class InstantASPipeline:
                 nothing.
             wrap: (vertical, horizontal), whether opposite edges join. Such a side must be whole cells.
             window_batch_size: windows in one evaluation of the UNet; None: 4. Of no effect on the picture.
+            cuda_graph: capture a step once and replay it for all steps that are alike (`sampler.sample`). On a GPU,
+                where launching the network's kernels takes the host longer than they run.
             method: "instantas" (the fewest windows), or the baseline "multidiffusion" (overlapping windows at a stride;
                 with regions its region mode, one evaluation for each region and window).
             stride: of multidiffusion, in cells; None: an eighth of the window.
@@ -232,6 +235,8 @@ class InstantASPipeline:
         _check_choices(output_type, callback_on_step_end_tensor_inputs, num_images_per_prompt, region_mode)
         check_texts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
         region_map = self._regions(regions, (height, width), wrap, base_weight, semantic_schedule)
+        if cuda_graph and region_map is not None and method == "multidiffusion":
+            raise ValueError("cuda_graph: expected False with regions of multidiffusion, whose steps differ, got True")
         guidance = guidance_scale if region_map is None else region_map.guidance(guidance_scale)
         distilled = pipe.unet.config.time_cond_proj_dim  # told the scale, instead of evaluated without the prompt
         guided = distilled is None and bool(torch.as_tensor(guidance).max() > 1)
@@ -283,10 +288,10 @@ class InstantASPipeline:
             cross_attention_kwargs=cross_attention_kwargs,
         )
         paint = self._denoiser(method, prompts, conditions, region_map, region_mode, noise, generator, how)
-        with paint as denoiser, pipe.progress_bar(total=pictures * evaluated) as bar:
-            bar.unit = "window"
+        with paint as denoiser, pipe.progress_bar(total=steps if cuda_graph else pictures * evaluated) as bar:
+            bar.unit = "step" if cuda_graph else "window"
             result = sample(
-                _counted(denoiser, bar),
+                denoiser if cuda_graph else _counted(denoiser, bar),
                 noise,
                 plan,
                 pipe.scheduler,
@@ -298,6 +303,7 @@ class InstantASPipeline:
                 weight=plan.weight("linear").to(noise.device) if method == "instantas" and plan.overlap else None,
                 window_batch_size=window_batch_size,
                 bridging=bridging,
+                cuda_graph=cuda_graph,
                 callback=self._callback(callback_on_step_end, bar, steps),
             )
         images, flagged = self._decoded(result, (height, width), wrap, output_type)
@@ -381,6 +387,8 @@ class InstantASPipeline:
 
     def _callback(self, told, bar, steps):
         def after_step(i, t, latents):
+            if bar.unit == "step":
+                bar.update()
             bar.set_postfix_str(f"step {i + 1}/{steps}")
             if told is not None:
                 latents = (told(self, i, t, {"latents": latents}) or {}).pop("latents", latents)
