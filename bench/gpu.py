@@ -187,6 +187,7 @@ def run(
     if device.type == "cuda":
         for name, items in (
             ("CUDA graphs and compilation", list(gpu_checks.graphs(backends, device))),
+            ("whole runs in CUDA graphs", list(gpu_checks.runs(device))),
             ("tensors over 2^31 elements", list(gpu_checks.large(backends, device))),
         ):
             tell(name, len(items), *gpu_checks.failures(items, deadline))

@@ -17,10 +17,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
 from instantas import ops
+from instantas.bridging import BRIDGES
+from instantas.sampler import sample
 from instantas.windows import WindowPlan
 
 ROOT = Path(__file__).parent.parent
@@ -97,6 +100,51 @@ def graphs(backends: Sequence[str], device: torch.device) -> Iterator[Check]:
         for name, (call, x) in calls.items():
             yield f"{backend}, {name} in a CUDA graph", lambda b=backend, c=call, x=x: _captured(b, c, x)
             yield f"{backend}, {name} compiled", lambda b=backend, c=call, x=x: _compiled(b, c, x)
+
+
+class _Ddim:
+    """DDIM on Stable Diffusion's noise levels, for machines without diffusers."""
+
+    def __init__(self, prediction_type):
+        self.config = SimpleNamespace(prediction_type=prediction_type)
+        self.alphas_cumprod = (1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2).cumprod(0)
+        self.num_inference_steps = None
+
+    def set_timesteps(self, steps, device=None):
+        self.num_inference_steps = steps
+        self.timesteps = torch.arange(steps - 1, -1, -1, device=device) * (1000 // steps) + 1
+
+    def step(self, output, t, sample, return_dict=False):
+        alpha, before = (self.alphas_cumprod[max(0, int(i))] for i in (t, t - 1000 // self.num_inference_steps))
+        if self.config.prediction_type == "v_prediction":
+            output = alpha.sqrt() * output + (1 - alpha).sqrt() * sample
+        clean = (sample - (1 - alpha).sqrt() * output) / alpha.sqrt()
+        return (before.sqrt() * clean + (1 - before).sqrt() * output,)
+
+
+def runs(device: torch.device) -> Iterator[Check]:
+    """Whole runs of a small network, with their steps captured in CUDA graphs: as those that are not."""
+    torch.manual_seed(0)
+    network = torch.nn.Conv2d(4, 8, 5, padding=2).to(device)
+    plan = WindowPlan.minimum_coverage(32, 50, 16)
+    noise = normal(1, 4, plan.height, plan.width).to(device, torch.float32)
+
+    def denoise(windows, timestep, context):
+        cond, uncond = network(windows + context.origins.sum(1)[:, None, None, None] / 100).chunk(2, dim=1)
+        return cond * (timestep / 1000), uncond
+
+    def check(name, prediction_type):
+        settings = dict(num_inference_steps=20, guidance_scale=2.0, bridging=name)
+        with torch.no_grad():
+            plain, replayed = (
+                sample(denoise, noise, plan, _Ddim(prediction_type), cuda_graph=graph, **settings)
+                for graph in (False, True)
+            )
+        torch.testing.assert_close(replayed, plain, rtol=1e-3, atol=1e-3)
+
+    for name in ("none", *BRIDGES):
+        for prediction_type in ("epsilon", "v_prediction"):
+            yield f"a run, bridging {name}, {prediction_type}", lambda a=(name, prediction_type): check(*a)
 
 
 def _captured(backend, call, x):

@@ -124,6 +124,7 @@ def app():
 @click.option("--semantic-schedule", type=click.Choice(list(SCHEDULES)), help="Regions' share over the steps.")
 @click.option("--preview", type=click.Path(path_type=Path), help="Draw regions and windows to this file.")
 @click.option("--window-batch", type=click.IntRange(1), help="Windows per network call; by default 4.")
+@click.option("--cuda-graph", is_flag=True, help="Capture a step once and replay it; on a GPU, for many steps.")
 @click.option("--dtype", type=click.Choice(list(DTYPES)), help="By default float16 on a GPU, float32 elsewhere.")
 @click.option("--device", type=Device(), help="By default cuda where there is one, else cpu.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), default="instantas.png", show_default=True)
@@ -147,6 +148,7 @@ def generate(
     semantic_schedule,
     preview,
     window_batch,
+    cuda_graph,
     dtype,
     device,
     output,
@@ -175,6 +177,7 @@ def generate(
         base_weight=base_weight,
         semantic_schedule=semantic_schedule,
         window_batch_size=window_batch,
+        cuda_graph=cuda_graph,
     )
     settings = pipe.defaults | {name: value for name, value in settings.items() if value is not None}
     if preview:

@@ -48,7 +48,7 @@ class Evaluator:
             try:
                 part = _pair(self.denoiser(given, context.timestep, context.part(some)), given)
             except RuntimeError as error:
-                if len(given) == 1 or not _out_of_memory(error):
+                if len(given) == 1 or context.captured or not _out_of_memory(error):
                     raise
                 part = None
             if part is None:  # outside of the handler, which keeps what the failed call had allocated

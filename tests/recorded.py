@@ -4,9 +4,14 @@ As with a graph, recording changes nothing, replaying runs nothing of the host, 
 a capture forbids raises: reading a value on the host, and making a tensor from one.
 """
 
+import contextlib
+from unittest import mock
+
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from instantas import graphs, ops, sampler
 
 FORBIDDEN = {"aten::_local_scalar_dense", "aten::lift_fresh", "aten::nonzero", "aten::_unique2", "aten::equal"}
 
@@ -47,3 +52,20 @@ class Recorded(TorchDispatchMode):
             for declared, old, new in zip(func._schema.returns, tree_leaves(result), tree_leaves(again)):
                 if declared.alias_info is None and isinstance(old, torch.Tensor):
                     old.copy_(new)
+
+
+@contextlib.contextmanager
+def recording():
+    """Graphs on the CPU, whose latents may be captured too; gives the list of those that were made."""
+    made, tracing = [], ops._tracing
+
+    def capture(function, pool):
+        made.append(Recorded(function, pool))
+        return made[-1]
+
+    with (
+        mock.patch.object(ops, "_tracing", lambda tensor: Recorded.active or tracing(tensor)),
+        mock.patch.object(graphs, "CudaGraph", capture),
+        mock.patch.object(sampler, "_check_graph", lambda *settings: None),
+    ):
+        yield made

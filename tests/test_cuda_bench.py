@@ -7,6 +7,7 @@ from unittest import mock
 
 import oracle
 import pytest
+import recorded
 import torch
 
 from bench import gpu, gpu_checks
@@ -68,3 +69,12 @@ def test_a_contender_that_disagrees_gets_no_speed():
 def test_what_the_sanitizer_watches_runs():
     with oracle.use_backend("cuda"):
         gpu_checks.smoke(["cuda"], torch.device(oracle.device("cuda")))
+
+
+def test_runs_in_graphs_are_checked():
+    with recorded.recording() as made:
+        count, wrong = gpu_checks.failures(gpu_checks.runs(CPU))
+        assert count == 12 and wrong == {} and made
+        with mock.patch.object(recorded.Recorded, "replay", lambda self: None):
+            _, wrong = gpu_checks.failures(gpu_checks.runs(CPU))
+    assert len(wrong) > 6

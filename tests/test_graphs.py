@@ -3,19 +3,23 @@
 Without a GPU, operations recorded on the CPU take the graphs' place (`recorded.py`).
 """
 
+import contextlib
 from unittest import mock
 
 import diffusers
 import pytest
+import recorded
 import tiny
 import torch
 from diffusers import StableDiffusionControlNetPipeline
-from recorded import Recorded
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from instantas import bridging, graphs, ops, sampler
+from instantas import bridging, ops, sampler
+from instantas.attention import regional_prompts
+from instantas.conditions import Control, MicroConditions, Prompts
+from instantas.denoiser import WindowDenoiser
 from instantas.pipeline import InstantASPipeline
-from instantas.regions import Region
+from instantas.regions import Region, RegionMap
 from instantas.sampler import sample
 from instantas.windows import WindowPlan
 
@@ -27,19 +31,9 @@ REGIONS = [
 
 
 @pytest.fixture
-def recording(monkeypatch):
-    """Graphs on the CPU; gives the list of those that were made."""
-    made = []
-
-    def capture(function, pool):
-        made.append(Recorded(function, pool))
-        return made[-1]
-
-    tracing = ops._tracing
-    monkeypatch.setattr(ops, "_tracing", lambda tensor: Recorded.active or tracing(tensor))
-    monkeypatch.setattr(graphs, "CudaGraph", capture)
-    monkeypatch.setattr(sampler, "_check_graph", lambda *args: None)
-    return made
+def recording():
+    with recorded.recording() as made:
+        yield made
 
 
 def of(name, prediction_type="epsilon"):
@@ -221,6 +215,11 @@ class Transfers(TorchDispatchMode):
         super().__init__()
         self.found = []
 
+    def begin(self, i, t, latents):
+        """A callback: after two steps what is made once has been made."""
+        if i == 1:
+            self.__enter__()
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         tensors = torch.utils._pytree.tree_leaves((args, kwargs, result))
@@ -237,13 +236,9 @@ def test_no_step_copies_from_the_host_or_reads_a_value(name, kind, monkeypatch):
     monkeypatch.setattr(ops, "_tracing", lambda tensor: True)  # what is read before the first step
     plan, transfers = WindowPlan.minimum_coverage(32, 50, 16), Transfers()
 
-    def callback(i, t, latents):
-        if i == 0:  # what is made once has been made
-            transfers.__enter__()
-
     latents, schedule = torch.empty(1, 4, plan.height, plan.width, device="meta"), of(kind)
     schedule.set_timesteps(10)
-    sample(denoise, latents, plan, schedule, guidance_scale=2.0, bridging=name, callback=callback)
+    sample(denoise, latents, plan, schedule, guidance_scale=2.0, bridging=name, callback=transfers.begin)
     transfers.__exit__(None, None, None)
     assert transfers.found == []
 
@@ -258,3 +253,50 @@ def test_weights_are_looked_at_before_the_first_step(name):
         settings = dict(num_inference_steps=5, bridging=name, callback=callback)
         sample(lambda windows, *_: windows, latents, WIDE, of("DDIM"), weight=weight, **settings)
     assert at[0] > 0 and len(set(at)) == 1
+
+
+@pytest.mark.parametrize("what", ["prompts", "regions", "sdxl", "controlnet"])
+def test_no_evaluation_of_a_network_copies_from_the_host(what, monkeypatch):
+    monkeypatch.setattr(ops, "_tracing", lambda tensor: True)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)  # knows no "meta"
+    meta, plan, transfers = torch.device("meta"), WindowPlan.minimum_coverage(25, 42, 16), Transfers()
+    networks = tiny.tiny_xl_pipeline() if what == "sdxl" else mock.Mock(unet=tiny.unet())
+    pipe = mock.Mock(unet=networks.unet.to(meta), controlnet=tiny.tiny_controlnet().to(meta))
+    width, settings = pipe.unet.config.cross_attention_dim, {}
+    prompts = Prompts(*[torch.empty(1, 16, width, device=meta)] * 2, *[torch.empty(1, 32, device=meta)] * 2)
+    if what == "sdxl":
+        settings["micro"] = MicroConditions((200, 332))
+    if what == "controlnet":
+        settings["control"] = Control([torch.empty(1, 3, 200, 336, device=meta)], [1.0], [(0.0, 1.0)])
+    with contextlib.ExitStack() as stack:
+        if what == "regions":
+            regions = RegionMap([REGIONS], 200, 336, 8, (25, 42))
+            object.__setattr__(regions, "masks", regions.masks.to(meta))
+            encode = lambda texts: torch.randn(len(texts), 16, width)  # noqa: E731
+            settings["regional"] = regional = stack.enter_context(regional_prompts(pipe.unet, regions, encode=encode))
+            regional.base(torch.randn(1, 16, width), torch.randn(1, 16, width))
+            regional.bank.embeddings = regional.bank.embeddings.to(meta)
+        network, step = WindowDenoiser(pipe, prompts, 8, **settings), torch.empty((), device=meta)
+        schedule = of("DDIM")
+        schedule.set_timesteps(6)
+        with torch.no_grad():
+            sample(
+                lambda windows, _, context: network(windows, step, context),
+                torch.empty(1, 4, 25, 42, device=meta),
+                plan,
+                schedule,
+                bridging="shift",
+                callback=transfers.begin,
+            )
+        transfers.__exit__(None, None, None)
+    assert transfers.found == []
+
+
+def test_memory_that_runs_out_in_a_capture_is_not_tried_again(recording):
+    def hungry(windows, timestep, context):
+        if context.captured:
+            raise torch.OutOfMemoryError
+        return windows
+
+    with pytest.raises(torch.OutOfMemoryError):
+        both(hungry, recording)
