@@ -34,6 +34,8 @@ bench: $(STAMP)
 
 bench-gpu: $(STAMP)
 	$(BIN)/python -m bench.gpu
+	$(BIN)/python -m bench.modes
+	$(BIN)/python -m bench.report
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

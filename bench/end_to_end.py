@@ -206,7 +206,7 @@ def memory(device, dtype=torch.bfloat16) -> dict:
     return found
 
 
-def _size(text):
+def size_of(text):
     height, width = map(int, text.split("x"))
     return height, width
 
@@ -215,7 +215,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--counts", action="store_true", help="count network samples instead of timing")
     parser.add_argument("--memory", action="store_true", help="peak memory of 4 and 64 windows instead of timing")
-    parser.add_argument("--size", type=_size, action="append", help="HEIGHTxWIDTH, may be repeated")
+    parser.add_argument("--size", type=size_of, action="append", help="HEIGHTxWIDTH, may be repeated")
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--processor", action="store_true", help="seconds of the processor, on one thread")

@@ -59,10 +59,9 @@ def stripes(prompts):
     return [Region(p, box=(i / n, 0.0, (i + 1) / n, 1.0)) for i, p in enumerate(prompts)] if n > 1 else None
 
 
-def instantas(model: Model, size, prompts, steps, bridging="default"):
+def instantas(model: Model, size, prompts, steps, **options):
     pipe = InstantASPipeline.from_pipe(model.pipe)
-    call = model.call(size, steps, regions=stripes(prompts), window_batch_size=BATCH, bridging=bridging)
-    return pipe(**call).images
+    return pipe(**model.call(size, steps, regions=stripes(prompts), window_batch_size=BATCH, **options)).images
 
 
 def panorama(model: Model, size, prompts, steps):

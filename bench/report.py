@@ -21,6 +21,7 @@ COMMANDS = {
     "operations": "python -m pytest bench",
     "scaling": "python -m bench.scaling",
     "end-to-end": "python -m bench.end_to_end",
+    "modes": "python -m bench.modes",
 }
 
 
@@ -185,6 +186,30 @@ def end_to_end(entries: list[dict]) -> str:
     return table(heads, rows)
 
 
+def modes(results: dict) -> str:
+    """One row for each run: eager, with the network compiled, in CUDA graphs."""
+    ours = {
+        (r["size"], r["mode"]): r["seconds"]
+        for r in results.values()
+        if r["method"] == "instantas" and r["prompts"] == 1
+    }
+    rows = [
+        [
+            f"{r['size']}, {_plural(str(r['prompts']) + ' prompts')}, {r['method']}, {r['mode']}",
+            r["samples"],
+            f"{r['seconds']:.2f}",
+            f"**{r['seconds'] / ours[r['size'], r['mode']]:.2f}**" if (r["size"], r["mode"]) in ours else "-",
+            f"{r['overhead']:.3f}",
+            f"{r['peak'] / 2**20:.0f}",
+        ]
+        for r in results.values()
+    ]
+    return table(
+        ["height x width, prompts, method, mode", "samples", "seconds", "x instantas", "/ bare network", "peak MiB"],
+        rows,
+    )
+
+
 def plot_end_to_end(entries: list[dict], path: Path) -> None:
     """Samples of the network by size, counted; a panel for each number of prompts."""
     figure = Figure(figsize=(11, 8))
@@ -230,6 +255,14 @@ def report() -> str:
                 "regions measured on 4 of 25 windows and 1 of 2 steps, its other figures are the panorama pipeline's). "
                 "MultiDiffusion's region mode evaluates the base prompt and four regions.\n\n"
                 f"{end_to_end(entries)}\n\n![samples](end-to-end.png)"
+            )
+        if found["modes"]:
+            first = next(iter(found["modes"].values()))
+            parts.append(
+                f"## Eager, compiled, in CUDA graphs\n\n{origin(found['modes'], 'modes')}\n\nArchitecture of SD 2.0, "
+                f"random weights, {first['dtype']}, DDIM, {first['steps']} steps, guidance 7.5, {first['batch']} "
+                f"windows in one call, no text encoder, no autoencoder. The bare network is timed in the same mode.\n\n"
+                f"{modes(found['modes'])}"
             )
         if peaks := load(f"memory-{device}"):
             rows = [

@@ -1,15 +1,17 @@
 """The whole runs that are compared: they agree where they should, are counted rightly, and refused if they differ."""
 
+import json
 import sys
 import time
 from pathlib import Path
 
 import pytest
+import recorded
 import torch
 from diffusers.utils import logging
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from bench import end_to_end, methods, report  # noqa: E402
+from bench import end_to_end, methods, modes, report  # noqa: E402
 from instantas.bench import DisagreementError  # noqa: E402
 
 logging.set_verbosity_error()
@@ -80,3 +82,19 @@ def test_zeros_answer_as_the_network_does(tiny):
     given = (sample, 1, tiny.embeds)
     assert end_to_end._zeros(*given).sample.shape == tiny.pipe.unet(*given).sample.shape
     assert end_to_end._zeros(*given, return_dict=False)[0].shape == sample.shape
+
+
+def test_modes_of_whole_runs(tmp_path, monkeypatch):
+    small = end_to_end.model(dict(sample_size=16, **end_to_end.TINY))
+    monkeypatch.setattr(modes, "SECONDS", 0.01)
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    methods = ["instantas", "cyclic shift"]
+    with recorded.recording() as made:
+        some = dict(eager=methods, compiled=methods, graph=["instantas"])
+        modes.measure(small, [(128, 256)], 5, tmp_path / "modes-cuda.json", some, "eager")
+    found = json.loads((tmp_path / "modes-cuda.json").read_text())
+    assert len(found) == 3 + 3 + 2 and len(made) == 2 + 2  # also the bare network's
+    assert {r["samples"] for r in found.values()} == {20} and all(r["seconds"] > 0 < r["bare"] for r in found.values())
+    assert small.pipe.unet._compiled_call_impl is None and not small.pipe.unet._forward_pre_hooks
+    text = report.report()
+    assert text.count("| 128x256, ") == 8 and "| 128x256, 1 prompt, instantas, graph | 20 | " in text
