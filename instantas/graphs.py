@@ -39,9 +39,9 @@ class CudaGraph:
 class StepGraphs:
     """Advances a state, through graphs for steps of which there are three or more alike.
 
-    The first of alike steps runs as it is, which readies what a capture must not begin; the second is captured. Steps
-    with a view or an adjustment always run as they are. The state is kept in one place, and written over by every
-    step.
+    The first of alike steps is not captured, which readies what a capture must not begin, kernels to be compiled among
+    it; the second is. Steps with a view or an adjustment always run as they are. The state is kept in one place, and
+    written over by every step.
 
     Args:
         advance: function of (state, step) that gives the next state (`sampler.State`, `sampler.Step`).
@@ -51,9 +51,10 @@ class StepGraphs:
     """
 
     def __init__(self, advance: Callable, steps: Sequence, phase: Callable | None = None):
-        self.advance, self.state, self.pool, self.graphs = advance, None, None, {}
+        self.advance, self.state, self.steps = advance, None, steps
         self.kinds = [_kind(step, phase) for step in steps]
-        self.steps, self.several = steps, {kind for kind, n in Counter(self.kinds).items() if kind and n > 2}
+        self.several = {kind for kind, n in Counter(self.kinds).items() if kind and n > 2}
+        self.rows, self.graphs, self.pool = {}, {}, None
 
     @torch.no_grad()
     def __call__(self, state, step):
@@ -62,14 +63,20 @@ class StepGraphs:
         kind = self.kinds[step.context.step]
         if kind not in self.several:
             self._keep(self.advance(self.state, step))
-        elif kind not in self.graphs:
-            self.graphs[kind] = None
-            self._keep(self.advance(self.state, step))
+        elif kind not in self.rows:
+            self.rows[kind] = _Rows([other for other, its in zip(self.steps, self.kinds) if its == kind])
+            self._advance_row(kind, step, captured=False)
         else:
-            if self.graphs[kind] is None:
-                self.graphs[kind] = self._captured(kind, step)
+            if kind not in self.graphs:
+                if self.pool is None and state.canvas.is_cuda:
+                    self.pool = torch.cuda.graph_pool_handle()
+                self.graphs[kind] = CudaGraph(lambda: self._advance_row(kind, step, captured=True), self.pool)
             self.graphs[kind].replay()
         return self.state
+
+    def _advance_row(self, kind, like, captured):
+        self.rows[kind].take()
+        self._keep(self.advance(self.state, self.rows[kind].step(like, captured)))
 
     def _keep(self, state):
         """Copy what is not there yet to where the state lies."""
@@ -83,21 +90,6 @@ class StepGraphs:
                 self.state = replace(self.state, **{name: new.clone()})
             elif new is not None and new is not kept[name]:
                 kept[name].copy_(new)
-
-    def _captured(self, kind, step):
-        rows = _Rows([s for s, other in zip(self.steps, self.kinds) if other == kind and s is not self._first(kind)])
-        live = rows.step(step)
-
-        def step_of_counter():
-            rows.take()
-            self._keep(self.advance(self.state, live))
-
-        if self.pool is None and self.state.canvas.is_cuda:
-            self.pool = torch.cuda.graph_pool_handle()
-        return CudaGraph(step_of_counter, self.pool)
-
-    def _first(self, kind):
-        return self.steps[self.kinds.index(kind)]
 
 
 def _kind(step, phase):
@@ -147,8 +139,8 @@ class _Rows:
             now.copy_(table.index_select(0, self.counter)[0])
         self.counter += 1
 
-    def step(self, like):
-        """The step of the row that was taken."""
+    def step(self, like, captured):
+        """The step of the row that was taken, an alike one saying what is the same for all."""
         index, start, places, origins, timestep, coefficients, keep, scale, levels, chosen = self.now
         plan = copy.copy(self.plan)
         object.__setattr__(plan, "_tables", {self.device: (places, start, index)})
@@ -156,7 +148,7 @@ class _Rows:
             old and Level(signal, noise, old.predicts)
             for old, (signal, noise) in zip((like.context.level, like.before), levels)
         )
-        context = replace(like.context, plan=plan, timestep=timestep, level=level, origins=origins, captured=True)
+        context = replace(like.context, plan=plan, timestep=timestep, level=level, origins=origins, captured=captured)
         numbers = dict(coefficients=coefficients, keep=keep, scale=scale, before=before)
         return replace(like, context=context, chosen=None if like.chosen is None else chosen, **numbers)
 

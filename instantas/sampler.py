@@ -32,12 +32,13 @@ class StepContext:
         plan: the windows of this step.
         view: what they are cut from (`bridging.View`, for masks to be seen through too); None: the canvas.
         rows: (m, 2) int64 on the CPU, the (picture, window) of each window given.
-        level: the step's noise level, and what is predicted; None for a scheduler whose levels are not known.
+        level: the step's noise level, and what is predicted; None for a scheduler whose levels are not known. With
+            `cuda_graph` its numbers may be tensors.
         pictures: (m,) int64 on the latents' device, the picture of each window given.
         origins: (m, 2) int32 on the latents' device, the (y, x) of each.
         captured: whether the call is captured in a CUDA graph. The tensors on the device then are of the step that is
-            replayed, `level` is made of such tensors, and all else is of one step for several, whose pictures are the
-            same and whose windows may lie elsewhere.
+            replayed, and all else is of one step for several, whose pictures are the same and whose windows may lie
+            elsewhere.
     """
 
     step: int

@@ -98,3 +98,18 @@ def test_modes_of_whole_runs(tmp_path, monkeypatch):
     assert small.pipe.unet._compiled_call_impl is None and not small.pipe.unet._forward_pre_hooks
     text = report.report()
     assert text.count("| 128x256, ") == 8 and "| 128x256, 1 prompt, instantas, graph | 20 | " in text
+
+
+def test_the_pair_is_measured_in_turn(tiny, monkeypatch):
+    order, whole = [], end_to_end.run
+
+    def noted(name, *given):
+        order.append(name)
+        return whole(name, *given)
+
+    monkeypatch.setattr(end_to_end, "run", noted)
+    found = end_to_end.paired(tiny, (512, 1024), 2, time.perf_counter, end_to_end.bare(tiny.pipe.unet))
+    assert order == ["instantas", "cyclic shift", "cyclic shift", "instantas", "instantas"]
+    for result in found.values():
+        assert result["seconds"] == pytest.approx(sum(result["each"]) / 2) and result["samples"] == 8
+    assert found["instantas"]["overhead"] > 0 and "overhead" not in found["cyclic shift"]
