@@ -20,6 +20,9 @@ struct Tile {
   const int32_t* first;
   const int32_t* last;  // the covering windows
 
+  // Whether all its cells have the same single window: their mean is what that window says.
+  bool alone() const { return last - first == 1; }
+
   Tile(const Plan& plan, int64_t tile) {
     const int top = static_cast<int>(tile / plan.tiles_x()) * plan.tile_y;
     const int left = static_cast<int>(tile % plan.tiles_x()) * plan.tile_x;

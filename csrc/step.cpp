@@ -23,13 +23,22 @@ struct Step {
   int64_t entry;  // elements of one history entry
 };
 
-// One row of a tile: the merged sums become the new sample and the new history entry.
+template <class A>
+void divide(A* sums, const A* norm, int count) {
+  for (int x = 0; x < count; ++x) sums[x] /= norm[x];
+}
+
+// One row of a tile: the merged sums become the new sample and the new history entry. norm nullptr: 1 everywhere.
 template <class T, class A = arithmetic_t<T>>
 void advance(const Step<T>& step, int64_t offset, const A* guidance, const A* norm, A* merged, A* unguided, int count) {
-  for (int x = 0; x < count; ++x) merged[x] /= norm[x];
+  if (norm) divide(merged, norm, count);
   if (step.uncond) {
-    for (int x = 0; x < count; ++x)
-      merged[x] = guided(merged[x], unguided[x] / norm[x], guidance ? guidance[x] : step.guidance);
+    if (norm) divide(unguided, norm, count);
+    const A scale = step.guidance;
+    if (guidance)
+      for (int x = 0; x < count; ++x) merged[x] = guided(merged[x], unguided[x], guidance[x]);
+    else
+      for (int x = 0; x < count; ++x) merged[x] = guided(merged[x], unguided[x], scale);
   }
   const T* sample = step.sample + offset;
   const double* numbers = step.update.coefficients;
@@ -61,19 +70,21 @@ void run(const Step<T>& step, const Plan& plan, int64_t images) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t image = task / tiles;
       const Tile tile(plan, task % tiles);
+      const Overlap<A> overlap = tile.alone() ? Overlap<A>{nullptr, 0} : step.overlap;
       std::fill(norm.begin(), norm.end(), A(0));
-      sum_weights(plan, tile, step.overlap, norm.data());
+      if (!tile.alone()) sum_weights(plan, tile, overlap, norm.data());
       for (int channel = 0; channel < plan.channels; ++channel) {
         std::fill(merged.begin(), merged.end(), A(0));
-        sum_windows(plan, tile, step.overlap, step.cond, image, channel, merged.data());
+        sum_windows(plan, tile, overlap, step.cond, image, channel, merged.data());
         if (step.uncond) {
           std::fill(unguided.begin(), unguided.end(), A(0));
-          sum_windows(plan, tile, step.overlap, step.uncond, image, channel, unguided.data());
+          sum_windows(plan, tile, overlap, step.uncond, image, channel, unguided.data());
         }
         for (int y = tile.y.begin; y < tile.y.end; ++y) {
           const int64_t row = int64_t{y - tile.y.begin} * plan.tile_x;
           const A* guidance = step.guidance_map ? step.guidance_map + int64_t{y} * plan.width + tile.x.begin : nullptr;
-          advance<T>(step, plan.canvas_offset(image, channel, y, tile.x.begin), guidance, norm.data() + row,
+          advance<T>(step, plan.canvas_offset(image, channel, y, tile.x.begin), guidance,
+                     tile.alone() ? nullptr : norm.data() + row,
                      merged.data() + row, unguided.data() + row, tile.x.end - tile.x.begin);
         }
       }

@@ -28,6 +28,17 @@ void gather(const char* canvas, char* windows, const Plan& plan, int64_t planes,
   });
 }
 
+// The cells of a tile that has one window.
+template <class T>
+void copy_window(const Plan& plan, const Tile& tile, const T* windows, int64_t image, T* canvas) {
+  for_each_run(plan, tile, [&](int window, int i, int j, int cell, int count) {
+    const int y = tile.y.begin + cell / plan.tile_x, x = tile.x.begin + cell % plan.tile_x;
+    for (int channel = 0; channel < plan.channels; ++channel)
+      std::copy_n(windows + plan.window_offset(image, window, channel, i, j), count,
+                  canvas + plan.canvas_offset(image, channel, y, x));
+  });
+}
+
 template <class T, class A>
 void scatter(const T* windows, const Overlap<A>& overlap, T* canvas, const Plan& plan, int64_t images, bool normalize) {
   const int64_t tiles = int64_t{plan.tiles_y()} * plan.tiles_x(), area = int64_t{plan.tile_y} * plan.tile_x;
@@ -37,6 +48,10 @@ void scatter(const T* windows, const Overlap<A>& overlap, T* canvas, const Plan&
     for (int64_t task = begin; task < end; ++task) {
       const int64_t image = task / tiles;
       const Tile tile(plan, task % tiles);
+      if (normalize && tile.alone()) {
+        copy_window(plan, tile, windows, image, canvas);
+        continue;
+      }
       std::fill(norm.begin(), norm.end(), A(0));
       if (normalize) sum_weights(plan, tile, overlap, norm.data());
       for (int channel = 0; channel < plan.channels; ++channel) {
