@@ -37,9 +37,9 @@ SCHEMAS = {
 
 # Per device, the backends in order of preference: the first that is available runs the operation.
 PREFERENCE = {
-    # Measured on one thread, times as fast as the reference: gather, scatter, guided_step on 256 x 256 x 4 cells 2.8,
-    # 10, 16 with windows 8 apart, 11, 9, 8 at minimum coverage; attention with 4 hard regions 4 to 7, its backward 2;
-    # with a single region 1.1 to 1.7, and that backward alone is slower, 0.6.
+    # Measured on one thread, times as fast as the reference: gather, scatter, guided_step on 256 x 256 x 4 cells 3.0,
+    # 10, 10 with windows 8 apart, 11, 13, 6 at minimum coverage; attention with 4 hard regions 9 to 11, its backward 7;
+    # with a single region or soft ones 1.1 to 2.1, backward 1.2 to 1.6.
     "cpu": dict.fromkeys(SCHEMAS, ("cpp", "reference")),
     # Not measured yet. Reasoned: CUDA stages a prompt of 77 tokens at once, and picks its own memory instructions.
     "cuda": dict.fromkeys(SCHEMAS, ("cuda", "triton", "reference")),
