@@ -1,7 +1,7 @@
 """Whole runs eager, with the network compiled, and on a GPU with whole steps in CUDA graphs.
 
     python -m bench.modes                    # on a GPU, 50 steps on the architecture of Stable Diffusion 2.0
-    python -m bench.modes --device cpu --size 512x1024 --steps 4     # of two cores, a quarter of an hour
+    python -m bench.modes --device cpu --size 512x1024 --steps 2     # on two cores, nearly half an hour
 
 The methods, network, noise and settings are those of `bench.end_to_end`; graphs are ours alone, the other methods have
 none. A run is timed as a whole, after one that is not: with compilation and capture done, as for a second picture of

@@ -123,7 +123,7 @@ class RegionalPrompts:
         placed = rows.to(device)
         self._where = plan, rows, plan.tables(device)[0][placed[:, 1]], progress, view, False
 
-    def evaluate(self, context) -> None:
+    def at_step(self, context) -> None:
         """As `at`, of the windows of a `sampler.StepContext`; waits for no device."""
         progress = context.step / context.steps
         self._where = context.plan, context.rows, context.origins, progress, context.view, context.captured

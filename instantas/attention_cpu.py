@@ -129,8 +129,12 @@ def _attend(query, key, value, scale):
 
 
 def _flash_attend(query, key, value, scale):
-    out, _ = _flash(*(_by_head(t)[None] for t in (query, key, value)), scale=scale)
-    return _by_head(out[0])
+    out, mass = _flash(*(_by_head(t)[None] for t in (query, key, value)), scale=scale)
+    out, suspect = _by_head(out[0]), _numbers((mass[0] == 0).any(0))  # the logarithm of a sum of exponentials
+    if len(suspect):  # few tokens and a NaN among the logits: the operation answers 0
+        wide = (t.to(_wide(query.dtype)) for t in (query[suspect], key, value))
+        out[suspect] = _attend(*wide, scale).to(out.dtype)
+    return out
 
 
 def _logits(query, key, scale):

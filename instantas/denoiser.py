@@ -49,7 +49,7 @@ class WindowDenoiser:
     def __call__(self, windows: torch.Tensor, timestep: torch.Tensor, context):
         """(cond, uncond) of windows (m, C, h, w); uncond None without guidance."""
         if self.regional is not None:
-            self.regional.evaluate(context)
+            self.regional.at_step(context)
         picture = context.pictures
         text = self._both(self.prompts.negative, self.prompts.embeds, picture)
         sample = torch.cat([windows, windows]) if self.guided else windows

@@ -246,10 +246,11 @@ class RegionMap:
         says = self.says(progress)
         if says not in self._latest:
             self._latest.clear()
-            factor = torch.zeros(self.masks.shape[:2])
+            factor = self.masks.new_zeros(self.masks.shape[:2])
             for picture, row in enumerate(says):
-                factor[picture, : len(row)] = torch.tensor(row)
-            shares = self.masks * factor.to(self.masks.device)[..., None, None]
+                for region, share in enumerate(row):
+                    factor[picture, region].fill_(share)  # unlike a copy of the row, waits for no device
+            shares = self.masks * factor[..., None, None]
             base = 1 - shares.sum(1, keepdim=True)
             base = torch.where(base > _NOTHING, base, 0.0) + self.base_weight
             self._latest[says] = torch.cat([base, shares], dim=1)

@@ -270,7 +270,7 @@ def test_no_evaluation_of_a_network_copies_from_the_host(what, monkeypatch):
         settings["control"] = Control([torch.empty(1, 3, 200, 336, device=meta)], [1.0], [(0.0, 1.0)])
     with contextlib.ExitStack() as stack:
         if what == "regions":
-            regions = RegionMap([REGIONS], 200, 336, 8, (25, 42))
+            regions = RegionMap([REGIONS], 200, 336, 8, (25, 42), semantic_schedule="linear")
             object.__setattr__(regions, "masks", regions.masks.to(meta))
             encode = lambda texts: torch.randn(len(texts), 16, width)  # noqa: E731
             settings["regional"] = regional = stack.enter_context(regional_prompts(pipe.unet, regions, encode=encode))

@@ -359,6 +359,16 @@ def test_nan_in_a_query_stays_there(backend):
         assert out[0, 3, 1].isnan().all() and out.isnan().sum() == 8
 
 
+@pytest.mark.parametrize("tokens", [1, 9, 77])
+def test_nan_in_one_of_many_queries_stays_there(backend, tokens):
+    """The host build gives as many of one prompt, in bfloat16, to an operation that may answer 0."""
+    query, key, value, _ = attention_inputs(1, 600, 1, 8, 1, tokens, 1)
+    query[0, 3] = math.nan
+    arguments = [query, key, value, torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, 1, 600)]
+    (out,) = run(backend, ops.regional_attention, arguments, torch.bfloat16)
+    assert out[0, 3].isnan().all() and out.isnan().sum() == 8
+
+
 @pytest.mark.parametrize("scale", [1e-6, 1e4])
 def test_extreme_values_of_windows(backend, scale):
     plan, weight = PLANS["strided"], PLANS["strided"].weight("gaussian")
