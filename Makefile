@@ -26,7 +26,7 @@ test: $(STAMP)
 
 # Speeds on this machine, about 12 minutes on two cores; bench/results/report.md holds the tables and plots.
 bench: $(STAMP)
-	$(BIN)/python -m pytest bench -q
+	$(BIN)/python -m bench.operations
 	$(BIN)/python -m bench.scaling
 	$(BIN)/python -m bench.end_to_end --counts
 	$(BIN)/python -m bench.end_to_end

@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
@@ -168,8 +168,12 @@ class Wheel(bdist_wheel):
 # `kernels/` at the top level has no __init__.py, so that it never shadows Hugging Face's `kernels` package; a relative
 # symlink instantas/kernels makes it importable as `instantas.kernels` in a checkout, an editable install, a wheel.
 setup(
-    packages=["instantas", "instantas.kernels", "instantas.demo"],
-    package_data={"instantas.demo": ["README.md", "model/*.json", "model/*/*"]},
+    packages=["instantas.kernels", *find_packages(include=["instantas", "instantas.*"])],
+    package_data={
+        "instantas": ["py.typed"],
+        "instantas.demo": ["README.md", "model/*.json", "model/*/*"],
+        "instantas.testing": ["emulation/*"],
+    },
     include_package_data=False,
     ext_modules=[library(*item) for item in zip(RECIPES, ("*.cpp", "*.cu")) if any(SOURCES.glob(item[1]))],
     cmdclass={"build_ext": BuildLibraries, "bdist_wheel": Wheel},

@@ -1,7 +1,7 @@
 """Every bridge and the baselines on the embedded model: paints the pictures, then reports their measures.
 
-    python bench/bridging.py --out out/bridging                   # paints what is missing, about an hour of one core
-    python bench/bridging.py --out out/bridging --table bench/results/bridging.md --sheets docs/pictures
+    python -m bench.bridging --out out/bridging                   # paints what is missing, about an hour of one core
+    python -m bench.bridging --out out/bridging --table bench/results/bridging.md --sheets docs/pictures
 
 DDIM, 50 steps, guidance 2.5; the same seeds for every method. A picture that is in the folder is not painted again.
 """
@@ -16,7 +16,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from bridging_pictures import (
+from PIL import Image
+
+from bench.bridging_pictures import (
     BOXES,
     CELL,
     GUIDANCE,
@@ -35,8 +37,7 @@ from bridging_pictures import (
     paint_missing,
     pictures_of,
 )
-from PIL import Image
-from quality import (
+from bench.quality import (
     bootstrap,
     control_positions,
     edge_distance,
@@ -49,7 +50,6 @@ from quality import (
     window_divergence,
     window_gradient_energy,
 )
-
 from instantas import demo
 from instantas.files import whole_file
 
@@ -127,7 +127,7 @@ def quarters(picture: np.ndarray, axis: int):
 @functools.cache
 def real_divergence(count: int = 8) -> float:
     """Divergence of the training pictures, 256 x 256 px of each: 2 x 2 windows."""
-    from instantas.demo.materials import render
+    from instantas.demo.training.materials import render
 
     pictures = [render(material, i).image[:256, :256] / 255 for material in demo.MATERIALS for i in range(count)]
     return float(np.mean([window_divergence(picture, SIDE) for picture in pictures]))
@@ -254,7 +254,7 @@ def report(out: Path, dtype) -> str:
         f"{_sizes(SIZES)} px where nothing else is said. Scenes: {len(SCENES)} prompts, {_sizes(SCENE_SIZES)} px. "
         f"Regions: {len(QUARTERS)} times four materials, {_sizes(BOXES)} px; seams are measured inside the regions, "
         "each against control positions of its own.",
-        "Made by `python bench/bridging.py --table bench/results/bridging.md`; the measures are defined in "
+        "Made by `python -m bench.bridging --table bench/results/bridging.md`; the measures are defined in "
         "`bench/quality.py`. Brackets: 95% of bootstrap resamples over pictures. Weighted: by one over the scatter of "
         "each ratio, so that bricks and planks count less. Evaluations: over those of minimum coverage. Divergence: "
         f"over that of real pictures ({real_divergence():.3f}). Gradient: energy inside windows over that of the "

@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from instantas import bridging, demo
+from instantas import demo
 from instantas.files import whole_file
 from instantas.regions import Region, RegionMap
-from instantas.sampler import sample
+from instantas.sampling import bridging
+from instantas.sampling.sampler import sample
 from instantas.windows import WindowPlan
 
 WINDOW, CELL = 16, 8  # native window in cells, pixels of a cell
@@ -136,7 +137,7 @@ class Model:
 
     def _regions(self, chosen: list[int], width: int, height: int):
         """The context in which the network has each picture's quarters; gives what is told where the windows are."""
-        from instantas.attention import regional_prompts
+        from instantas.pipelines.attention import regional_prompts
 
         lists = [
             [Region(p, box=box) for p, box in zip(QUARTERS[i % len(QUARTERS)], BOXES[width, height])] for i in chosen

@@ -27,7 +27,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from bench.methods import BATCH, METHODS, WITH_REGIONS, Model, disagreements
 from instantas import demo
-from instantas.bench import DisagreementError, keep, peak_memory
+from instantas.bench.measure import DisagreementError, keep, peak_memory
 
 RESULTS = Path(__file__).parent / "results"
 SIZES = ((512, 512), (512, 2048), (2048, 512), (1024, 1024), (1000, 1400), (2048, 2048))  # height, width

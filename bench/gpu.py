@@ -20,8 +20,9 @@ from typing import NamedTuple
 import torch
 
 from bench import gpu_checks
-from instantas import bench_cases, ops
-from instantas.bench import Comparison, DisagreementError, compare, machine
+from instantas import ops
+from instantas.bench import cases
+from instantas.bench.measure import Comparison, DisagreementError, compare, machine
 from instantas.files import whole_file
 from instantas.windows import WindowPlan
 
@@ -59,22 +60,22 @@ def comparisons(device: torch.device, sizes: Sizes) -> Iterator[tuple[str, Calla
     layer = dict(device=device, dtype=torch.bfloat16, seconds=sizes.seconds, left_out=("reference",), **sizes.layer)
     for windows in sizes.windows:
         one, four = (dict(windows=windows, compiled=sizes.compiled and regions > 1, **layer) for regions in (1, 4))
-        yield f"attention 1 {windows}", lambda o=one: bench_cases.attention(1, **o)
-        yield f"attention 4 {windows}", lambda o=four: bench_cases.attention(4, **o)
+        yield f"attention 1 {windows}", lambda o=one: cases.attention(1, **o)
+        yield f"attention 4 {windows}", lambda o=four: cases.attention(4, **o)
         yield f"hard {windows}", lambda w=windows: _hard_regions(w, device, sizes)
     plan = WindowPlan.minimum_coverage(sizes.side, sizes.side)
     strided = WindowPlan.strided(sizes.side // 2, sizes.side // 2, 64, 32)
     for dtype in (torch.bfloat16, torch.float32):
         options = dict(channels=sizes.channels, batch=sizes.batch, device=device, dtype=dtype, seconds=sizes.seconds)
         options["left_out"] = ("reference",)
-        yield f"gather {str(dtype)[6:]}", lambda o=options: bench_cases.gather(plan, **o)
-        yield f"scatter {str(dtype)[6:]}", lambda o=options: bench_cases.scatter(plan, **o)
-        yield f"step {str(dtype)[6:]}", lambda o=options: bench_cases.step(plan, history=1, **o)
+        yield f"gather {str(dtype)[6:]}", lambda o=options: cases.gather(plan, **o)
+        yield f"scatter {str(dtype)[6:]}", lambda o=options: cases.scatter(plan, **o)
+        yield f"step {str(dtype)[6:]}", lambda o=options: cases.step(plan, history=1, **o)
         weighted = options | dict(weight="gaussian", history=1)
-        yield f"strided step {str(dtype)[6:]}", lambda o=weighted: bench_cases.step(strided, **o)
+        yield f"strided step {str(dtype)[6:]}", lambda o=weighted: cases.step(strided, **o)
     soft = layer | dict(soft=True, windows=sizes.windows[0])
     for mode in ("blend", "joint"):
-        yield f"soft {mode}", lambda m=mode: bench_cases.attention(4, mode=m, **soft)
+        yield f"soft {mode}", lambda m=mode: cases.attention(4, mode=m, **soft)
 
 
 def _hard_regions(windows, device, sizes):
@@ -82,13 +83,13 @@ def _hard_regions(windows, device, sizes):
     queries, heads, depth, tokens = (sizes.layer[name] for name in ("queries", "heads", "depth", "tokens"))
     calls, exact = {}, {}
     for regions in HARD:
-        ids, weights = bench_cases.stripes(regions, windows, queries, False, device)
+        ids, weights = cases.stripes(regions, windows, queries, False, device)
         calls[f"R = {regions}"] = lambda q, k, v, i=ids, w=weights: ops.regional_attention(q, k, v, i, w)
-        exact[f"R = {regions}"] = bench_cases.exact_attention(ids, weights)
+        exact[f"R = {regions}"] = cases.exact_attention(ids, weights)
     size = torch.bfloat16.itemsize * heads * depth
     return compare(
         f"regional_attention, {windows} x {queries} queries, {heads} x {depth}, {tokens} tokens, by number of regions",
-        bench_cases.bank_inputs(max(HARD), windows, queries, heads, depth, tokens, device, torch.bfloat16),
+        cases.bank_inputs(max(HARD), windows, queries, heads, depth, tokens, device, torch.bfloat16),
         calls,
         exact,
         bytes=size * (2 * windows * queries + 2 * tokens) + 4 * windows * queries,

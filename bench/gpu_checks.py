@@ -16,22 +16,16 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 
 from instantas import ops
-from instantas.bridging import BRIDGES
-from instantas.sampler import sample
+from instantas.sampling.bridging import BRIDGES
+from instantas.sampling.sampler import sample
+from instantas.testing import examples, oracle
+from instantas.testing.oracle import ATTENTION, DTYPES, PLANS, attention_inputs, normal, positive, region_weights
 from instantas.windows import WindowPlan
-
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
-
-import examples  # noqa: E402
-import oracle  # noqa: E402
-from oracle import ATTENTION, DTYPES, PLANS, attention_inputs, normal, positive, region_weights  # noqa: E402
 
 SANITIZERS = ("memcheck", "racecheck", "initcheck")
 Check = tuple[str, Callable[[], object]]
@@ -222,7 +216,9 @@ def sanitize(seconds: float) -> dict[str, str]:
         environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         command = [program, "--tool", tool, "--error-exitcode", "9", sys.executable, "-m", "bench.gpu", "--smoke"]
         try:
-            done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=seconds)
+            done = subprocess.run(
+                command, cwd=oracle.ROOT, env=environment, capture_output=True, text=True, timeout=seconds
+            )
         except subprocess.TimeoutExpired:
             verdicts[tool] = f"not finished within {seconds:.0f} s"
             continue

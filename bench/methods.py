@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from instantas.pipeline import InstantASPipeline
+from instantas.pipelines.pipeline import InstantASPipeline
 from instantas.regions import Region
-from instantas.sampler import sample
+from instantas.sampling.sampler import sample
 from instantas.windows import WindowPlan
 
 GUIDANCE = 7.5

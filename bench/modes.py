@@ -24,8 +24,8 @@ from diffusers.utils import logging
 
 from bench.end_to_end import PROMPTS, SD2, SIZES, check, model, size_of
 from bench.methods import BATCH, METHODS, Model
-from instantas import graphs
-from instantas.bench import keep, peak_memory
+from instantas.bench.measure import keep, peak_memory
+from instantas.sampling import graphs
 
 RESULTS = Path(__file__).parent / "results"
 _RUN = [name for name in METHODS if name != "MultiDiffusion"]  # which is the panorama pipeline with one prompt

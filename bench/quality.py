@@ -1,6 +1,6 @@
 """Measures of large pictures: seams, unrelated windows, repetition, lost detail, glued edges.
 
-`python bench/quality.py FOLDER --window 128` measures every PNG and JPEG file of a folder. Needs numpy, scipy and
+`python -m bench.quality FOLDER --window 128` measures every PNG and JPEG file of a folder. Needs numpy, scipy and
 pillow. Pictures are float arrays (H, W, 3) in 0..1; positions and lengths are in pixels.
 """
 

@@ -14,7 +14,7 @@ import torch
 from instantas import demo
 from instantas.cli import SCHEDULERS
 from instantas.demo.judge import Judge, reconstruct, render_crops
-from instantas.pipeline import InstantASPipeline
+from instantas.pipelines.pipeline import InstantASPipeline
 
 
 def painted(pipe, material, pictures, seed, **settings):

@@ -22,9 +22,9 @@ from PIL.PngImagePlugin import PngInfo
 from scipy import ndimage
 
 from instantas import demo
-from instantas.bench import keep
+from instantas.bench.measure import keep
 from instantas.files import whole_file
-from instantas.pipeline import InstantASPipeline
+from instantas.pipelines.pipeline import InstantASPipeline
 from instantas.regions import Region, RegionMap
 
 ROOT = Path(__file__).parent
@@ -202,7 +202,7 @@ def stripes(n):
 def speed(laps: int) -> dict:
     """Processor seconds on one thread, which other processes take little from; ratios of neighbours in time."""
     from bench.end_to_end import SD2, model
-    from instantas.attention import regional_prompts
+    from instantas.pipelines.attention import regional_prompts
 
     torch.set_num_threads(1)
     whole = model(SD2, dtype=torch.bfloat16)

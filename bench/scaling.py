@@ -18,10 +18,11 @@ from pathlib import Path
 import torch
 from diffusers import DDIMScheduler
 
-from instantas import bench_cases, ops
-from instantas.bench import keep, peak_memory
-from instantas.bridging import evaluations
-from instantas.sampler import sample
+from instantas import ops
+from instantas.bench import cases
+from instantas.bench.measure import keep, peak_memory
+from instantas.sampling.bridging import evaluations
+from instantas.sampling.sampler import sample
 from instantas.windows import WindowPlan
 
 RESULTS = Path(__file__).parent / "results"
@@ -120,12 +121,12 @@ def window_batch(device="cpu", batches=(1, 2, 4, 8, 16, 32, 64)) -> dict:
     )
 
 
-def attention(name, cases, device="cpu", dtype=torch.float32) -> dict:
+def attention(name, sizes, device="cpu", dtype=torch.float32) -> dict:
     """Seconds of one layer (64 x 64 queries, 5 heads of 64): hard regions, and the joint form that a mask allows."""
     runs = {}
-    for x, (regions, tokens) in cases.items():
-        ids, weights = bench_cases.stripes(regions, 2, 4096, False, device)
-        inputs = bench_cases.bank_inputs(regions, 2, 4096, 5, 64, tokens, torch.device(device), dtype)
+    for x, (regions, tokens) in sizes.items():
+        ids, weights = cases.stripes(regions, 2, 4096, False, device)
+        inputs = cases.bank_inputs(regions, 2, 4096, 5, 64, tokens, torch.device(device), dtype)
         runs[x] = _attend(inputs(torch.Generator().manual_seed(0)), ids, weights)
     times = seconds(runs, device)
     return dict(x=name, points=[dict(x=x, seconds=t) for x, t in times.items()])

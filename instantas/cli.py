@@ -17,10 +17,10 @@ from pathlib import Path
 import click
 import torch
 
-from instantas import __version__, backends
-from instantas.bridging import BRIDGES, DEFAULT
+from instantas import __version__, ops
 from instantas.files import check_writable, whole_file
 from instantas.regions import SCHEDULES, Region, RegionMap, load_regions
+from instantas.sampling.bridging import BRIDGES, DEFAULT
 from instantas.windows import WindowPlan
 
 SCHEDULERS = {  # command line's name -> diffusers' class and what it is made with
@@ -205,7 +205,7 @@ def _pipeline(model, scheduler, dtype, device):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
     from instantas import demo
-    from instantas.pipeline import InstantASPipeline
+    from instantas.pipelines.pipeline import InstantASPipeline
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = DTYPES[dtype or ("float16" if torch.device(device).type == "cuda" else "float32")]
@@ -260,15 +260,15 @@ def plan(size, wrap, window, cell, stride, steps, plot):
 @click.option("--dtype", type=click.Choice(list(DTYPES)), help="By default bfloat16 on a GPU, float32 elsewhere.")
 def bench(quick, device, dtype):
     """Time the operations on this machine against what one would write in eager PyTorch."""
-    from instantas import bench_cases
-    from instantas.bench import DisagreementError, machine
+    from instantas.bench import cases
+    from instantas.bench.measure import DisagreementError, machine
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = DTYPES[dtype or ("bfloat16" if torch.device(device).type == "cuda" else "float32")]
-    cases = bench_cases.small(device, dtype, quick)
+    comparisons = cases.small(device, dtype, quick)
     table = []
-    with click.progressbar(length=100 * len(cases), label="measuring", file=sys.stderr) as bar:
-        for i, case in enumerate(cases):
+    with click.progressbar(length=100 * len(comparisons), label="measuring", file=sys.stderr) as bar:
+        for i, case in enumerate(comparisons):
             try:
                 table.append(case(progress=lambda share, i=i: bar.update(int(100 * (i + share)) - bar.pos)))
             except DisagreementError as error:
@@ -291,7 +291,7 @@ def info():
         memory = f"{properties.total_memory / 2**30:.0f} GiB"
         click.echo(f"  cuda:{i}        {properties.name}, sm_{properties.major}{properties.minor}, {memory}")
     click.echo("backends")
-    for name, state in backends.backends().items():
+    for name, state in ops.backends().items():
         click.echo(f"  {name:<13} {state}")
 
 

@@ -63,8 +63,8 @@ assert torch.allclose(ops.scatter_windows(windows, plan), canvas)
 ops.guided_step(windows, windows, canvas, plan, (1.0, 0.5), 7.5)
 print(ops.backends()["reference"])"""
     assert python(BLOCKED + code, cwd=ROOT) == "available"
-    loaded = python("import sys, instantas.ops, instantas.sampler; print(*sys.modules)", cwd=ROOT).split()
-    assert "instantas.sampler" in loaded and not set(EXTRAS) & set(loaded)
+    loaded = python("import sys, instantas.ops, instantas.sampling.sampler; print(*sys.modules)", cwd=ROOT).split()
+    assert "instantas.sampling.sampler" in loaded and not set(EXTRAS) & set(loaded)
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from instantas.demo import MATERIALS, folder
-from instantas.demo.materials import render
-from instantas.demo.palettes import LOOKS
+from instantas.demo.training.materials import render
+from instantas.demo.training.palettes import LOOKS
 
 try:
     from skimage.color import rgb2gray, rgb2lab

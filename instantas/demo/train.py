@@ -53,7 +53,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
 def draw_pictures(stage, seed: int) -> list:
     """Renders of all materials in turn until the time is over, at least two and at most PICTURES of each."""
     from instantas.demo import MATERIALS
-    from instantas.demo.materials import render
+    from instantas.demo.training.materials import render
 
     renders = []
     stage.most = PICTURES
@@ -70,7 +70,7 @@ def save_pipeline(folder: Path, autoencoder, text_encoder, unet, tokenizer, voca
     """
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
-    from instantas.demo.diffusion import SCHEDULER
+    from instantas.demo.training.diffusion import SCHEDULER
 
     pipeline = StableDiffusionPipeline(
         vae=autoencoder.half(),
@@ -121,11 +121,11 @@ def train(out: str | os.PathLike, minutes: float = 60, threads: int | None = Non
         raise ValueError(f"seed: expected 0 or more, got {seed}")
     out = Path(out)
     with whole_folder(out) as folder, tempfile.TemporaryDirectory() as vocabulary:
-        from instantas.demo.autoencoder import make_autoencoder, train_autoencoder, train_decoder
-        from instantas.demo.diffusion import make_text_encoder, make_unet, train_diffusion
-        from instantas.demo.latents import make_latents
-        from instantas.demo.tokenizer import make_tokenizer
-        from instantas.demo.training import Stage
+        from instantas.demo.training.autoencoder import make_autoencoder, train_autoencoder, train_decoder
+        from instantas.demo.training.diffusion import make_text_encoder, make_unet, train_diffusion
+        from instantas.demo.training.latents import make_latents
+        from instantas.demo.training.stage import Stage
+        from instantas.demo.training.tokenizer import make_tokenizer
 
         torch.manual_seed(seed)
         rng = np.random.default_rng(seed)

@@ -1,0 +1,1 @@
+"""How the embedded model was made: pictures, captions, autoencoder, diffusion model."""

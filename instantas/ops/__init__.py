@@ -1,0 +1,220 @@
+"""The operations, over whichever backend runs them.
+
+All are functional, deterministic, differentiable, work under `torch.compile(fullgraph=True)` and inside a CUDA graph,
+and are registered as `torch.ops.instantas.*`. Tensors are float32, float16 or bfloat16 (float64 on the CPU and on the
+reference backend); arithmetic is float32 (float64 for float64). Needs only torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from instantas.ops.backend import backends, use_backend
+from instantas.ops.validation import (
+    check_constant,
+    check_plan,
+    check_prompt_ids,
+    check_tensor,
+    check_weight,
+    finite,
+    vector,
+)
+from instantas.windows import WindowPlan
+
+__all__ = ["backends", "gather_windows", "guided_step", "regional_attention", "scatter_windows", "use_backend"]
+
+MAX_HEAD_SIZE = 256
+
+
+def gather_windows(canvas: torch.Tensor, plan: WindowPlan) -> torch.Tensor:
+    """Cut the canvas into the plan's windows.
+
+    Args:
+        canvas: (B, C, height, width).
+        plan: the windows.
+
+    Returns:
+        (B, n, C, h, w), contiguous, of the canvas's dtype.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+
+    Equivalent PyTorch code (an axis that wraps takes indices modulo its length)::
+
+        torch.stack([canvas[:, :, y : y + h, x : x + w] for y, x in plan.origins], dim=1)
+    """
+    check_plan(plan)
+    check_tensor("canvas", canvas, "(B, C, height, width)", (None, None, plan.height, plan.width))
+    return torch.ops.instantas.gather_windows(canvas, *plan.tables(canvas.device), plan.geometry)
+
+
+def scatter_windows(windows: torch.Tensor, plan: WindowPlan, weight: torch.Tensor | None = None) -> torch.Tensor:
+    """Merge windows into one canvas: the weighted mean of the windows that cover a cell (MultiDiffusion, eq. 5).
+
+    Args:
+        windows: (B, n, C, h, w).
+        plan: the windows' places.
+        weight: overlap weight of a window's cells, (h, w) or (n, h, w), float32 or float64, finite, >= 0, and not all
+            zero over any cell; None: 1 everywhere. Its values are checked once per tensor and plan, not inside
+            `torch.compile` or a CUDA graph capture.
+
+    Returns:
+        (B, C, height, width), contiguous, of the windows' dtype.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+
+    Equivalent PyTorch code (without wrap)::
+
+        total, norm = torch.zeros(B, C, height, width), torch.zeros(height, width)
+        for i, (y, x) in enumerate(plan.origins):
+            total[:, :, y : y + h, x : x + w] += weight[i] * windows[:, i]
+            norm[y : y + h, x : x + w] += weight[i]
+        canvas = total / norm
+    """
+    check_plan(plan)
+    check_tensor("windows", windows, "(B, n, C, h, w)", (None, plan.count, None, *plan.window))
+    check_weight(weight, plan, windows)
+    return torch.ops.instantas.scatter_windows(windows, weight, *plan.tables(windows.device), plan.geometry, True)
+
+
+def guided_step(
+    cond: torch.Tensor,
+    uncond: torch.Tensor | None,
+    sample: torch.Tensor,
+    plan: WindowPlan,
+    coefficients: Sequence[float] | torch.Tensor,
+    guidance_scale: float | torch.Tensor,
+    *,
+    weight: torch.Tensor | None = None,
+    history: torch.Tensor | None = None,
+    keep: Sequence[float] | torch.Tensor = (0.0, 1.0),
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Merge window predictions, guide them, and take the scheduler's step: one pass over the canvas.
+
+    m = the weighted mean over the covering windows of u + g (c - u) (classifier-free guidance);
+    new sample = a x + b m + sum_j c_j h_j; the history entry d x + e m goes in front and the oldest is dropped.
+
+    Args:
+        cond, uncond: (B, n, C, h, w) predictions with and without the prompt; uncond None: no guidance, m = mean of
+            cond.
+        sample: (B, C, height, width), x.
+        plan: the windows' places.
+        coefficients: (a, b, c_1 .. c_k), floats or a tensor of 2 + k values on the sample's device.
+        guidance_scale: g, a float or a (height, width) tensor.
+        weight: as in `scatter_windows`.
+        history: (k, B, C, height, width), newest first; None exactly when k = 0.
+        keep: (d, e), floats or a tensor of 2 values on the sample's device.
+
+    Returns:
+        The new sample, and the new history (None when k = 0), of the sample's dtype.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+
+    Equivalent PyTorch code::
+
+        c, u = scatter_windows(cond, plan, weight), scatter_windows(uncond, plan, weight)
+        m = u + guidance_scale * (c - u)
+        a, b, *cs = coefficients
+        new_sample = a * sample + b * m + sum(c * h for c, h in zip(cs, history))
+        new_history = torch.cat([(keep[0] * sample + keep[1] * m)[None], history[:-1]])
+    """
+    check_plan(plan)
+    check_tensor("sample", sample, "(B, C, height, width)", (None, None, plan.height, plan.width))
+    b, c = sample.shape[:2]
+    window_shape = (b, plan.count, c, *plan.window)
+    check_tensor("cond", cond, "(B, n, C, h, w)", window_shape, like=sample)
+    if uncond is not None:
+        check_tensor("uncond", uncond, "(B, n, C, h, w)", window_shape, like=sample)
+    check_weight(weight, plan, sample)
+    coefficients = vector("coefficients", coefficients, sample.device)
+    keep = vector("keep", keep, sample.device)
+    if keep.shape != (2,):
+        raise ValueError(f"keep: expected 2 numbers (d, e), got {keep.shape[0]}")
+    k = coefficients.shape[0] - 2
+    if k < 0:
+        raise ValueError(f"coefficients: expected at least 2 numbers (a, b, c_1 .. c_k), got {coefficients.shape[0]}")
+    if (history is None) != (k == 0):
+        raise ValueError(
+            f"history: expected {k} entries, one for each coefficient after the second, got "
+            f"{None if history is None else tuple(history.shape)}"
+        )
+    if history is not None:
+        check_tensor("history", history, "(k, B, C, height, width)", (k, *sample.shape), like=sample)
+    guidance_map = None
+    if isinstance(guidance_scale, torch.Tensor) and guidance_scale.dim():
+        shape = (plan.height, plan.width)
+        check_tensor("guidance_scale", guidance_scale, "a float or (height, width)", shape, device=sample.device)
+        check_constant("guidance_scale", guidance_scale)
+        guidance_map, guidance_scale = guidance_scale, 1.0
+    new_sample, new_history = torch.ops.instantas.guided_step(
+        cond,
+        uncond,
+        sample,
+        weight,
+        sample.new_empty(0, *sample.shape) if history is None else history,
+        coefficients,
+        keep,
+        finite("guidance_scale", guidance_scale),
+        guidance_map,
+        *plan.tables(sample.device),
+        plan.geometry,
+    )
+    return new_sample, None if history is None else new_history
+
+
+def regional_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    prompt_ids: torch.Tensor,
+    weights: torch.Tensor,
+    *,
+    mode: str = "blend",
+    scale: float | None = None,
+) -> torch.Tensor:
+    """Cross-attention of every query with only the prompts of its region (InstantAS, guided cross-attention).
+
+    Args:
+        query: (B, N, heads, D).
+        key, value: (P, L, heads, D), a bank that holds each distinct prompt once.
+        prompt_ids: (B, R) integers, rows of the bank; -1: unused.
+        weights: (B, R, N) >= 0, the share of each prompt at each query. Constants: no gradient.
+        mode: "blend": sum_r w_r softmax(q K_r / sqrt D) V_r / sum_r w_r. "joint": one softmax over all tokens of all
+            prompts, log w_r added to the logits. For disjoint 0/1 weights they are equal.
+        scale: factor of the logits, 1 / sqrt(D) when None.
+
+    Returns:
+        (B, N, heads, D), contiguous, of the query's dtype. A query without any weight gives zeros.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came. On a GPU the values of prompt_ids
+            are not read back: ids outside the bank count as unused there. Values of weights are not checked.
+
+    Equivalent PyTorch code (blend)::
+
+        logits = torch.einsum("bnhd,brlhd->brhnl", query, key[prompt_ids]) * scale
+        each = torch.einsum("brhnl,brlhd->brnhd", logits.softmax(-1), value[prompt_ids])
+        out = (weights[..., None, None] * each).sum(1) / weights.sum(1)[..., None, None]
+    """
+    check_tensor("query", query, "(B, N, heads, D)", (None, None, None, None))
+    b, n, heads, d = query.shape
+    if not 1 <= d <= MAX_HEAD_SIZE:
+        raise ValueError(f"query: expected a head size D from 1 to {MAX_HEAD_SIZE}, got {d}")
+    check_tensor("key", key, "(P, L, heads, D)", (None, None, heads, d), like=query)
+    check_tensor("value", value, "(P, L, heads, D)", tuple(key.shape), like=query)
+    check_tensor("prompt_ids", prompt_ids, "(B, R)", (b, None), dtypes=(torch.int32, torch.int64), device=query.device)
+    check_tensor("weights", weights, "(B, R, N)", (b, prompt_ids.shape[1], n), device=query.device)
+    check_constant("weights", weights)
+    if key.shape[1] == 0:
+        raise ValueError("key: expected at least one token, got L = 0")
+    check_prompt_ids(prompt_ids, key.shape[0])
+    if mode not in ("blend", "joint"):
+        raise ValueError(f"mode: expected 'blend' or 'joint', got {mode!r}")
+    scale = d**-0.5 if scale is None else finite("scale", scale)
+    if prompt_ids.dtype == torch.int64:  # an id too large for int32 must not come out as another
+        prompt_ids = prompt_ids.clamp(-1, key.shape[0]).int()
+    return torch.ops.instantas.regional_attention(query, key, value, prompt_ids, weights, mode == "joint", scale)

@@ -1,0 +1,110 @@
+"""What the operations may be given: checks that name the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from instantas.ops.registration import weight_total
+from instantas.windows import WindowPlan
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def tracing(tensor) -> bool:
+    """Whether values cannot be read now: under torch.compile, for fake tensors, in a CUDA graph capture."""
+    return (
+        torch.compiler.is_compiling()
+        or type(tensor) not in (torch.Tensor, torch.nn.Parameter)
+        or (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
+    )
+
+
+def check_plan(plan):
+    if not isinstance(plan, WindowPlan):
+        raise TypeError(f"plan: expected a WindowPlan, got {type(plan).__name__}")
+
+
+def check_tensor(name, tensor, layout, shape, *, dtypes=DTYPES, like=None, device=None):
+    """shape: the expected sizes, None where any will do; like: a tensor whose dtype and device it must share."""
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name}: expected a tensor {layout}, got {type(tensor).__name__}")
+    if tensor.dim() != len(shape) or any(s is not None and t != s for t, s in zip(tensor.shape, shape)):
+        wanted = ", ".join("any" if s is None else str(s) for s in shape)
+        raise ValueError(f"{name}: expected {layout} = ({wanted}), got {tuple(tensor.shape)}")
+    if like is not None:
+        dtypes, device = (like.dtype,), like.device
+    if tensor.dtype not in dtypes:
+        raise TypeError(f"{name}: expected {' or '.join(map(str, dtypes))}, got {tensor.dtype}")
+    if device is not None and tensor.device != device:
+        raise ValueError(f"{name}: expected a tensor on {device}, got one on {tensor.device}")
+
+
+def check_constant(name, tensor):
+    if tensor.requires_grad:
+        raise ValueError(f"{name}: expected a constant (its gradient is not computed), got requires_grad=True")
+
+
+def check_prompt_ids(prompt_ids, prompts):
+    """Whether ids are rows of a bank of so many prompts, or -1; read on the CPU alone, where nothing waits for it."""
+    if prompt_ids.device.type == "cpu" and prompt_ids.numel() and not tracing(prompt_ids):
+        low, high = (int(v) for v in prompt_ids.aminmax())
+        if low < -1 or high >= prompts:
+            raise ValueError(f"prompt_ids: expected -1 to {prompts - 1}, got {low} to {high}")
+
+
+def finite(name, value) -> float:
+    if isinstance(value, torch.Tensor):
+        check_constant(name, value)
+    try:
+        value = float(value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name}: expected a number, got {value!r}") from error
+    if not abs(value) < math.inf:  # unlike math.isfinite also for symbols, under torch.compile(dynamic=True)
+        raise ValueError(f"{name}: expected a finite number, got {value}")
+    return value
+
+
+_sound_weights = WeakTensorKeyDictionary()  # weight -> its version, the (plan, dtype) with which it was found right
+
+
+def check_weight(weight, plan, like):
+    """like: the tensor to be weighted, whose dtype says in which precision the weights are used."""
+    if weight is None:
+        return
+    device, dtype = like.device, torch.float64 if like.dtype == torch.float64 else torch.float32
+    shape = plan.window if isinstance(weight, torch.Tensor) and weight.dim() == 2 else (plan.count, *plan.window)
+    dtypes = (torch.float32, torch.float64)
+    check_tensor("weight", weight, "(h, w) or (n, h, w)", shape, dtypes=dtypes, device=device)
+    check_constant("weight", weight)
+    if tracing(weight):
+        return
+    version, uses = _sound_weights.get(weight, (None, None))
+    if version == weight._version and (plan, dtype) in uses:
+        return
+    total = weight_total(weight.to(dtype), plan.tables(device), plan.geometry)
+    if not (total.isfinite().all() and (weight >= 0).all()):
+        raise ValueError(f"weight: expected values >= 0, finite in {dtype}, got negative, infinite or NaN ones")
+    if not (total > 0).all():
+        y, x = (total <= 0).nonzero()[0].tolist()
+        raise ValueError(f"weight: expected some weight over every cell of the canvas, got none at ({y}, {x})")
+    _sound_weights[weight] = weight._version, (uses if version == weight._version else set()) | {(plan, dtype)}
+
+
+def vector(name, values, device) -> torch.Tensor:
+    """A float64 vector on the device; a tensor that is one already is taken as it is, unread."""
+    if isinstance(values, torch.Tensor):
+        if values.dim() != 1:
+            raise ValueError(f"{name}: expected a vector, got shape {tuple(values.shape)}")
+        if values.device != device:
+            raise ValueError(f"{name}: expected a tensor on {device}, got one on {values.device}")
+        check_constant(name, values)
+        return values.double()
+    try:
+        values = list(values)
+    except TypeError as error:
+        raise TypeError(f"{name}: expected numbers or a tensor of them, got {values!r}") from error
+    values = [finite(name, v) for v in values]
+    return torch.tensor(values, dtype=torch.float64, device=device)

@@ -1,0 +1,1 @@
+"""All that knows diffusers: the pipeline, regional prompts in a UNet's cross-attention, conditions, the autoencoder."""

@@ -1,0 +1,360 @@
+"""Regions: which prompt has a say where on the canvas, how much, and when.
+
+Plain data, no kernels and no network: `instantas.pipelines.attention` hands what a `RegionMap` says to the
+cross-attention layers.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from numbers import Integral, Real
+from pathlib import Path
+
+import torch
+
+from instantas.regions.masks import average, box_mask, cut, feather, fit_mask, read_mask
+from instantas.windows import WindowPlan
+
+MAX_PROMPTS = 64  # for one picture: the base prompt and 63 regions
+_NOTHING = 1e-6  # what rounding leaves of the base prompt's share where regions cover a cell
+
+SCHEDULES = {
+    "constant": lambda progress: 1.0,
+    "linear": lambda progress: progress,
+    "cosine": lambda progress: (1 - math.cos(math.pi * progress)) / 2,
+}
+"""The regions' share over the run; the base prompt has the rest. progress: step / steps, from 0 to below 1."""
+
+
+@dataclass(frozen=True, eq=False)
+class Region:
+    """A part of the canvas with a prompt of its own.
+
+    Attributes:
+        prompt: what to paint there.
+        mask: picture, array, tensor or file (`instantas.regions.masks.read_mask`), hard or soft, never binarised; of
+            the canvas's size, or of its proportions and then resized by area. Kept as float32 (h, w).
+        box: (left, top, right, bottom), exclusive at the right and the bottom. If any of the four is a float they are
+            fractions of the canvas; four integers are pixels, unless none is above 1: then they are fractions too.
+            Where the canvas wraps, a box may reach over the border (0.9, 0.0, 1.1, 1.0). Either mask or box.
+        negative_prompt: what not to paint there; None: the picture's.
+        weight: > 0, the say relative to that of regions in the same place. Where weights times masks add up to less
+            than 1 the base prompt has the rest.
+        start, end: part of the run in which the region counts, fractions of its steps, 0 <= start < end <= 1.
+        feather: width in pixels of the ramps into which the edges are turned.
+        guidance_scale: classifier-free guidance inside; None: the picture's.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
+
+    prompt: str
+    mask: object = None
+    box: Sequence[float] | None = None
+    negative_prompt: str | None = None
+    weight: float = 1.0
+    start: float = 0.0
+    end: float = 1.0
+    feather: int = 0
+    guidance_scale: float | None = None
+
+    def __post_init__(self):
+        for name in ("prompt", "negative_prompt"):
+            value = getattr(self, name)
+            if not isinstance(value, str) and not (name == "negative_prompt" and value is None):
+                raise TypeError(f"{name}: expected a string, got {type(value).__name__}")
+        if (self.mask is None) == (self.box is None):
+            raise ValueError(f"mask: expected either a mask or a box, got {'neither' if self.box is None else 'both'}")
+        if self.mask is None:
+            object.__setattr__(self, "box", _box(self.box))
+        else:
+            object.__setattr__(self, "mask", read_mask(self.mask))
+        if _real("weight", self.weight) <= 0:
+            raise ValueError(f"weight: expected more than 0, got {self.weight}")
+        if not 0 <= _real("start", self.start) < _real("end", self.end) <= 1:
+            raise ValueError(f"start: expected 0 <= start < end <= 1, got start {self.start} and end {self.end}")
+        if isinstance(self.feather, bool) or not isinstance(self.feather, Integral):
+            raise TypeError(f"feather: expected whole pixels, got {self.feather!r}")
+        if self.feather < 0:
+            raise ValueError(f"feather: expected 0 or more pixels, got {self.feather}")
+        if self.guidance_scale is not None:
+            _real("guidance_scale", self.guidance_scale)
+
+    @classmethod
+    def parse(cls, text: str, **settings) -> Region:
+        """A region from "prompt@left,top,right,bottom" or "prompt@mask.png".
+
+        The place follows the last @. Numbers with a point are fractions, as in `box`.
+
+        Raises:
+            ValueError: for text of another form.
+        """
+        prompt, at, place = text.rpartition("@")
+        prompt, place = prompt.strip(), place.strip()
+        if not at or not prompt or not place:
+            raise ValueError(f'region: expected "prompt@left,top,right,bottom" or "prompt@mask.png", got {text!r}')
+        parts = place.split(",")
+        try:
+            numbers = [float(part) if set(part) & set(".eE") else int(part) for part in parts]
+        except ValueError:
+            numbers = None
+        if numbers is None or (len(numbers) != 4 and Path(place).exists()):
+            return cls(prompt, mask=place, **settings)
+        return cls(prompt, box=tuple(numbers), **settings)
+
+    def draw(self, height: int, width: int, wrap: tuple[bool, bool] = (False, False)) -> torch.Tensor:
+        """float32 (height, width) in 0..1: the mask on a canvas of so many pixels, feathered.
+
+        Raises:
+            ValueError: for a box outside the canvas, a mask of other proportions, a feather longer than a side.
+        """
+        if self.feather > min(height, width):
+            raise ValueError(f"feather: expected at most {min(height, width)} pixels, got {self.feather}")
+        if self.mask is not None:
+            mask = fit_mask(self.mask, height, width)
+        else:
+            fractions = any(isinstance(side, float) for side in self.box)
+            sides = (width, height, width, height) if fractions else (1, 1, 1, 1)
+            mask = box_mask([side * length for side, length in zip(self.box, sides)], height, width, wrap)
+        return feather(mask, self.feather, wrap)
+
+
+def load_regions(path: str | os.PathLike) -> list[Region]:
+    """Regions from a JSON file: a list of objects with the arguments of `Region` by name.
+
+    A mask is a file name, relative to the JSON file's folder.
+
+    Raises:
+        ValueError: for a file that cannot be read or has another form, naming the region.
+    """
+    path = Path(path)
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"regions: expected a JSON file, got {str(path)!r} ({error})") from error
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise ValueError(f"regions: expected a list of objects in {str(path)!r}")
+    known = [name for name in Region.__dataclass_fields__]
+    regions = []
+    for number, entry in enumerate(entries, 1):
+        if unknown := set(entry) - set(known):
+            raise ValueError(f"region {number}: expected {', '.join(known)}, got {', '.join(sorted(unknown))}")
+        if "prompt" not in entry:
+            raise ValueError(f"region {number}: expected a prompt, got none")
+        if isinstance(entry.get("mask"), str):
+            entry = entry | {"mask": path.parent / entry["mask"]}
+        try:
+            regions.append(Region(**entry))
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"region {number}: {error}") from error
+    return regions
+
+
+@dataclass(frozen=True, eq=False)
+class RegionMap:
+    """Regions on a canvas: the share of every prompt at every cell, at every step, in every window.
+
+    With the masks m_r averaged over each cell and the regions' weights w_r, at a step at which regions have the share s
+    (0 for those not between start and end), the shares are
+
+        region r:  s w_r m_r          base prompt:  max(0, 1 - sum_r s w_r m_r) + base_weight
+
+    and their sum is above 0 everywhere.
+
+    Args:
+        regions: one list for every picture, or a list of lists, one for each picture (or for each prompt, when several
+            pictures are made of one).
+        height, width: the canvas in pixels.
+        cell: pixels of a latent cell.
+        latents: (rows, columns) of the canvas in cells; ceil(height / cell), ceil(width / cell) when None. Cells
+            outside of the picture continue its edge.
+        wrap: (vertical, horizontal): whether the axis is a circle.
+        base_weight: >= 0, the base prompt's share everywhere beside what regions leave it.
+        semantic_schedule: one of `SCHEDULES`, the regions' share over the run.
+        device: of what `shares` and `windows` give.
+
+    Attributes:
+        lists: the regions of each picture; pictures: how many there are.
+        masks: (pictures, R, rows, columns) float32.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came; more than 63 regions.
+    """
+
+    regions: Sequence
+    height: int
+    width: int
+    cell: int = 8
+    latents: tuple[int, int] | None = None
+    wrap: tuple[bool, bool] = (False, False)
+    base_weight: float = 0.0
+    semantic_schedule: str = "constant"
+    device: torch.device | str = "cpu"
+    lists: tuple[tuple[Region, ...], ...] = field(init=False)
+    masks: torch.Tensor = field(init=False, repr=False)
+    _latest: dict = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self):
+        for name in ("height", "width", "cell"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+                raise ValueError(f"{name}: expected a positive number of pixels, got {value!r}")
+        check_blend(self.base_weight, self.semantic_schedule)
+        least = tuple(-(-side // self.cell) for side in (self.height, self.width))
+        cells = least if self.latents is None else tuple(self.latents)
+        if len(cells) != 2 or any(given < needed for given, needed in zip(cells, least)):
+            raise ValueError(f"latents: expected at least {least} cells, got {cells}")
+        lists = region_lists(self.regions)
+        masks = torch.zeros(len(lists), max(map(len, lists)), *cells)
+        drawn = {}
+        for picture, regions in enumerate(lists):
+            for r, region in enumerate(regions):
+                if region not in drawn:
+                    drawn[region] = self._cells(region.draw(self.height, self.width, self.wrap), cells)
+                masks[picture, r] = drawn[region]
+        put = object.__setattr__
+        put(self, "latents", cells)
+        put(self, "lists", lists)
+        put(self, "masks", masks.to(self.device))
+
+    def _cells(self, mask, cells):
+        mask = average(mask, self.cell)
+        index = [torch.arange(n).clamp(max=length - 1) for n, length in zip(cells, mask.shape)]
+        return mask.index_select(0, index[0]).index_select(1, index[1])
+
+    @property
+    def pictures(self) -> int:
+        return len(self.lists)
+
+    @property
+    def dynamic(self) -> bool:
+        """Whether the shares change over the run."""
+        timed = any(region.start > 0 or region.end < 1 for regions in self.lists for region in regions)
+        return timed or self.semantic_schedule != "constant"
+
+    def says(self, progress: float) -> tuple[tuple[float, ...], ...]:
+        """The weight of each picture's regions at a point of the run, from 0 to below 1."""
+        share = SCHEDULES[self.semantic_schedule](progress)
+        return tuple(tuple(share * r.weight * (r.start <= progress < r.end) for r in regions) for regions in self.lists)
+
+    def shares(self, progress: float = 0.0) -> torch.Tensor:
+        """(pictures, 1 + R, rows, columns) float32: the base prompt's share and the regions' at a point of the run."""
+        says = self.says(progress)
+        if says not in self._latest:
+            self._latest.clear()
+            factor = self.masks.new_zeros(self.masks.shape[:2])
+            for picture, row in enumerate(says):
+                for region, share in enumerate(row):
+                    factor[picture, region].fill_(share)  # unlike a copy of the row, waits for no device
+            shares = self.masks * factor[..., None, None]
+            base = 1 - shares.sum(1, keepdim=True)
+            base = torch.where(base > _NOTHING, base, 0.0) + self.base_weight
+            self._latest[says] = torch.cat([base, shares], dim=1)
+        return self._latest[says]
+
+    def windows(self, plan: WindowPlan, rows: torch.Tensor, progress: float = 0.0, view=None) -> torch.Tensor:
+        """(m, 1 + R, h, w) float32: the shares in windows of a plan.
+
+        Args:
+            rows: (m, 2) int64 on the CPU, the (picture, window) of each.
+            view: what the windows are cut from (`instantas.sampling.bridging.View`); None: the canvas.
+        """
+        placed = rows.to(self.masks.device)
+        origins = plan.tables(placed.device)[0][placed[:, 1]]
+        return self.windows_at(plan, placed[:, 0], origins, progress, view)
+
+    def windows_at(
+        self, plan: WindowPlan, pictures: torch.Tensor, origins: torch.Tensor, progress: float = 0.0, view=None
+    ) -> torch.Tensor:
+        """As `windows`, of windows said on the masks' device: (m,) int64 pictures, (m, 2) integer origins (y, x)."""
+        shares = self.shares(progress)
+        shares = shares if view is None else view.see(shares)
+        if (plan.height, plan.width) != shares.shape[-2:]:
+            raise ValueError(
+                f"plan: expected {shares.shape[-2]} x {shares.shape[-1]} cells, got {plan.height} x {plan.width}"
+            )
+        return cut(shares, pictures, origins, plan.window)
+
+    def guidance(self, guidance_scale: float) -> float | torch.Tensor:
+        """The guidance scale of each cell, (rows, columns) float32; the given one if no region has its own.
+
+        The mean over the prompts, by the shares that they have with every region counting.
+
+        Raises:
+            ValueError: if it is not the same for all pictures.
+        """
+        if all(region.guidance_scale is None for regions in self.lists for region in regions):
+            return guidance_scale
+        maps = []
+        for masks, regions in zip(self.masks, self.lists):
+            says = torch.tensor([region.weight for region in regions]).to(masks.device)[:, None, None]
+            scales = [guidance_scale if r.guidance_scale is None else float(r.guidance_scale) for r in regions]
+            shares = says * masks[: len(regions)]
+            base = (1 - shares.sum(0)).clamp(min=0) + self.base_weight
+            total = guidance_scale * base + (shares * torch.tensor(scales).to(masks.device)[:, None, None]).sum(0)
+            maps.append(total / (base + shares.sum(0)))
+        if any(not torch.equal(maps[0], other) for other in maps[1:]):
+            raise ValueError(
+                "guidance_scale: expected the same of all pictures of a batch, got regions that differ in it; make the "
+                "pictures one by one"
+            )
+        return maps[0]
+
+    def preview(self, path: str | os.PathLike, plan: WindowPlan | None = None) -> None:
+        """Draw regions, their shares and the plan's windows to a picture file (needs matplotlib)."""
+        from instantas.plots import plot_regions
+
+        plot_regions(self, plan, path)
+
+
+def region_lists(regions) -> tuple[tuple[Region, ...], ...]:
+    """The regions of each picture, from one list for all or a list of lists."""
+    regions = [regions] if isinstance(regions, Region) else list(regions)
+    nested = bool(regions) and not any(isinstance(entry, Region) for entry in regions)
+    lists = tuple(tuple(entry) for entry in regions) if nested else (tuple(regions),)
+    for entries in lists:
+        for entry in entries:
+            if not isinstance(entry, Region):
+                raise TypeError(f"regions: expected a list of Region, or one such list for each picture, got {entry!r}")
+        if len(entries) >= MAX_PROMPTS:
+            raise ValueError(f"regions: expected at most {MAX_PROMPTS - 1} for a picture, got {len(entries)}")
+    return lists
+
+
+def check_blend(base_weight, semantic_schedule) -> None:
+    """Refuse what `RegionMap` cannot be made with."""
+    if _real("base_weight", base_weight) < 0:
+        raise ValueError(f"base_weight: expected 0 or more, got {base_weight}")
+    if semantic_schedule not in SCHEDULES:
+        raise ValueError(f"semantic_schedule: expected one of {', '.join(SCHEDULES)}, got {semantic_schedule!r}")
+
+
+def _real(name, value) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name}: expected a number, got {value!r}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name}: expected a finite number, got {value}")
+    return float(value)
+
+
+def _box(box) -> tuple:
+    if isinstance(box, str) or not isinstance(box, Sequence) and not hasattr(box, "tolist"):
+        raise TypeError(f"box: expected (left, top, right, bottom), got {box!r}")
+    sides = tuple(box.tolist() if hasattr(box, "tolist") else box)
+    if len(sides) != 4:
+        raise ValueError(f"box: expected (left, top, right, bottom), got {len(sides)} numbers")
+    for side in sides:
+        _real("box", side)
+    left, top, right, bottom = sides
+    if left >= right or top >= bottom:
+        raise ValueError(f"box: expected left < right and top < bottom, got {sides}")
+    if not all(isinstance(side, Integral) for side in sides) or max(map(abs, sides)) <= 1:
+        sides = tuple(float(side) for side in sides)
+        if min(sides) < -1 or max(sides) > 2:
+            raise ValueError(f"box: expected fractions from 0 to 1 (write pixels as integers), got {sides}")
+        return sides
+    return tuple(int(side) for side in sides)

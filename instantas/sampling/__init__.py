@@ -1,0 +1,1 @@
+"""The sampling loop: its steps, the bridges between windows, the schedulers' recurrences, noise levels and graphs."""

@@ -1,0 +1,163 @@
+"""Steps of a sampling run in CUDA graphs: captured once, replayed for every step that is alike.
+
+A captured step runs from gathering the windows to the scheduler's update. What differs between alike steps (timestep,
+coefficients, noise levels, the windows' places) lies in tables on the device, one row a step; the graph begins by
+taking the row that a counter on the device says, and adding one to the counter. Launching it is all that the host does.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
+
+import numpy as np
+import torch
+
+from instantas.sampling.noise import Level
+from instantas.windows import WindowPlan
+
+
+class CudaGraph:
+    """A function of no arguments, captured: its kernels on the same memory, without the host's part.
+
+    Args:
+        function: launches kernels on the current stream and waits for none.
+        pool: of memory, shared by graphs that are replayed one after the other.
+    """
+
+    def __init__(self, function: Callable, pool):
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, pool=pool):
+            function()
+
+    def replay(self) -> None:
+        self.graph.replay()
+
+
+class StepGraphs:
+    """Advances a state, through graphs for steps of which there are three or more alike.
+
+    The first of alike steps is not captured, which readies what a capture must not begin, kernels to be compiled among
+    it; the second is. Steps with a view or an adjustment always run as they are. The state is kept in one place, and
+    written over by every step.
+
+    Args:
+        advance: function of (state, step) that gives the next state (`sampler.State`, `sampler.Step`).
+        steps: of the run.
+        phase: function of a `sampler.StepContext`; steps for which it differs are not alike. For a denoiser that does
+            something else on the host from some step on.
+    """
+
+    def __init__(self, advance: Callable, steps: Sequence, phase: Callable | None = None):
+        self.advance, self.state, self.steps = advance, None, steps
+        self.kinds = [_kind(step, phase) for step in steps]
+        self.several = {kind for kind, n in Counter(self.kinds).items() if kind and n > 2}
+        self.rows, self.graphs, self.pool = {}, {}, None
+
+    @torch.no_grad()
+    def __call__(self, state, step):
+        """The next state; its tensors hold it until the next call."""
+        self._keep(state)
+        kind = self.kinds[step.context.step]
+        if kind not in self.several:
+            self._keep(self.advance(self.state, step))
+        elif kind not in self.rows:
+            self.rows[kind] = _Rows([other for other, its in zip(self.steps, self.kinds) if its == kind])
+            self._advance_row(kind, step, captured=False)
+        else:
+            if kind not in self.graphs:
+                if self.pool is None and state.canvas.is_cuda:
+                    self.pool = torch.cuda.graph_pool_handle()
+                self.graphs[kind] = CudaGraph(lambda: self._advance_row(kind, step, captured=True), self.pool)
+            self.graphs[kind].replay()
+        return self.state
+
+    def _advance_row(self, kind, like, captured):
+        self.rows[kind].take()
+        self._keep(self.advance(self.state, self.rows[kind].step(like, captured)))
+
+    def _keep(self, state):
+        """Copy what is not there yet to where the state lies."""
+        if self.state is None:
+            self.state = replace(state, canvas=state.canvas.clone())
+        names = [field.name for field in fields(state)]
+        kept = {name: getattr(self.state, name) for name in names}
+        for name in sorted(names, key="noisy".__ne__):  # first, as it may be the canvas that is written over
+            new = getattr(state, name)
+            if new is not None and kept[name] is None:
+                self.state = replace(self.state, **{name: new.clone()})
+            elif new is not None and new is not kept[name]:
+                kept[name].copy_(new)
+
+
+def _kind(step, phase):
+    """What is the same of alike steps; None for a step that is not captured."""
+    stage, plan, context, weight = step.stage, step.context.plan, step.context, step.weight
+    if stage.view is not None or stage.adjust is not None or not len(context.rows):
+        return None
+    return (
+        (plan.height, plan.width, plan.window, plan.wrap),
+        tuple(context.rows[:, 0].tolist()),
+        plan.count if step.chosen is None or weight is not None and weight.dim() == 3 else None,
+        step.before is None,
+        _value(weight),
+        phase and phase(context),
+    )
+
+
+def _value(weight):
+    """Compares by value, as bridges make a weight anew for each step."""
+    return weight if weight is None else (tuple(weight.shape), weight.cpu().numpy().tobytes())
+
+
+class _Rows:
+    """Tables of what differs between alike steps, one row a step; a row at a time in tensors that stay where they are.
+
+    Plans have as many windows as the largest: more are added in the place of their first, and not evaluated.
+    """
+
+    def __init__(self, steps):
+        device, most = steps[0].context.pictures.device, max(step.context.plan.count for step in steps)
+        self.device, self.plan = device, _filled(steps[0].context.plan, most)
+        tables = [_filled(step.context.plan, most).tables(torch.device("cpu")) for step in steps]
+        longest = max(len(index) for _, _, index in tables)
+        columns = [[torch.nn.functional.pad(index, (0, longest - len(index))) for _, _, index in tables]]
+        columns += [[table[i] for table in tables] for i in (1, 0)]
+        columns += [[getattr(step.context, name) for step in steps] for name in ("origins", "timestep")]
+        columns += [[getattr(step, name) for step in steps] for name in ("coefficients", "keep", "scale")]
+        columns.append([_levels(step) for step in steps])
+        columns.append([step.context.origins[:0] if step.chosen is None else step.chosen for step in steps])
+        self.tables = [torch.stack([torch.as_tensor(row).to(device) for row in column]) for column in columns]
+        self.now = [table[0].clone() for table in self.tables]
+        self.counter = torch.zeros(1, dtype=torch.int64, device=device)
+
+    def take(self):
+        """The row that the counter says, and one further."""
+        for table, now in zip(self.tables, self.now):
+            now.copy_(table.index_select(0, self.counter)[0])
+        self.counter += 1
+
+    def step(self, like, captured):
+        """The step of the row that was taken, an alike one saying what is the same for all."""
+        index, start, places, origins, timestep, coefficients, keep, scale, levels, chosen = self.now
+        plan = copy.copy(self.plan)
+        object.__setattr__(plan, "_tables", {self.device: (places, start, index)})
+        level, before = (
+            old and Level(signal, noise, old.predicts)
+            for old, (signal, noise) in zip((like.context.level, like.before), levels)
+        )
+        context = replace(like.context, plan=plan, timestep=timestep, level=level, origins=origins, captured=captured)
+        numbers = dict(coefficients=coefficients, keep=keep, scale=scale, before=before)
+        return replace(like, context=context, chosen=None if like.chosen is None else chosen, **numbers)
+
+
+def _filled(plan, count):
+    origins = np.concatenate([plan.origins, np.repeat(plan.origins[:1], count - plan.count, axis=0)])
+    return WindowPlan(plan.height, plan.width, plan.window, origins, plan.wrap)
+
+
+def _levels(step):
+    levels = (step.context.level, step.before)
+    return torch.tensor([(level.signal, level.noise) if level else (0.0, 0.0) for level in levels])

@@ -1,0 +1,434 @@
+"""The sampling loop: gather windows, denoise them in batches, take one scheduler step on the whole canvas.
+
+Model-agnostic: the denoiser is any function of a batch of windows. Everything beside its evaluation is three passes
+over the canvas.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from numbers import Integral, Real
+
+import torch
+
+from instantas import ops
+from instantas.sampling.bridging import Bridge, Stage, View, bridge
+from instantas.sampling.evaluator import Evaluator
+from instantas.sampling.graphs import StepGraphs
+from instantas.sampling.noise import Level, levels
+from instantas.sampling.schedulers import probe, step_keywords
+from instantas.windows import WindowPlan
+
+
+@dataclass(frozen=True)
+class StepContext:
+    """What a denoiser may want to know about the windows it is given.
+
+    Attributes:
+        step, steps: index of the evaluation and how many there are (second-order schedulers evaluate twice a step).
+        timestep: the scheduler's timestep, 0-dimensional, on the latents' device.
+        plan: the windows of this step.
+        view: what they are cut from (`bridging.View`, for masks to be seen through too); None: the canvas.
+        rows: (m, 2) int64 on the CPU, the (picture, window) of each window given.
+        level: the step's noise level, and what is predicted; None for a scheduler whose levels are not known. With
+            `cuda_graph` its numbers may be tensors.
+        pictures: (m,) int64 on the latents' device, the picture of each window given.
+        origins: (m, 2) int32 on the latents' device, the (y, x) of each.
+        captured: whether the call is captured in a CUDA graph. The tensors on the device then are of the step that is
+            replayed, and all else is of one step for several, whose pictures are the same and whose windows may lie
+            elsewhere.
+    """
+
+    step: int
+    steps: int
+    timestep: torch.Tensor
+    plan: WindowPlan
+    rows: torch.Tensor
+    level: Level | None
+    view: View | None = None
+    pictures: torch.Tensor | None = None
+    origins: torch.Tensor | None = None
+    captured: bool = False
+
+    def part(self, some: slice) -> StepContext:
+        """The context of a part of the windows."""
+        return replace(self, rows=self.rows[some], pictures=self.pictures[some], origins=self.origins[some])
+
+
+def sample(
+    denoiser: Callable,
+    latents: torch.Tensor,
+    plan: WindowPlan,
+    scheduler,
+    *,
+    num_inference_steps: int | None = None,
+    timesteps: Sequence[int] | None = None,
+    guidance_scale: float | torch.Tensor = 1.0,
+    guidance_rescale: float = 0.0,
+    eta: float = 0.0,
+    generator: torch.Generator | list[torch.Generator] | None = None,
+    weight: torch.Tensor | None = None,
+    window_batch_size: int | None = None,
+    bridging: str | Bridge | None = None,
+    cuda_graph: bool = False,
+    callback: Callable | None = None,
+) -> torch.Tensor:
+    """Denoise a canvas of any size through the windows of a plan.
+
+    Every step scales the canvas for the scheduler, cuts it into windows, evaluates the denoiser on them, merges the
+    predictions, and takes ONE scheduler step on the whole canvas. A scheduler that is a short linear recurrence
+    (`instantas.sampling.schedulers.probe`) has merging, guidance and its step done by `ops.guided_step`; any other has
+    `scheduler.step` called once on the merged prediction. Ancestral noise is drawn over the whole canvas, so the result
+    depends on the seed, not on the windows' batches.
+
+    DDPM's ancestral step is diffusers': the posterior q(x_{t-1} | x_t, x_0) with standard deviation
+    sqrt((1 - abar_{t-1}) / (1 - abar_t) beta_t), equation 7 of the InstantAS supplement. Its equation 9 (variance in
+    the standard deviation's place, 1/sqrt(abar_t) for 1/sqrt(alpha_t), an x_0 network read as noise) is not followed.
+
+    Args:
+        denoiser: function of (windows (m, C, h, w), timestep, context: StepContext) that returns the prediction, or the
+            pair (cond, uncond) for classifier-free guidance. Windows come picture by picture.
+        latents: (B, C, H, W) standard normal noise; it is multiplied by the scheduler's initial standard deviation.
+        plan: the windows over (H, W).
+        scheduler: a diffusers scheduler.
+        num_inference_steps, timesteps: at most one; given to the scheduler's `set_timesteps`. Neither: the timesteps
+            that the scheduler has already.
+        guidance_scale: g of u + g (c - u), a float or a (H, W) tensor; of no effect without uncond.
+        guidance_rescale: share by which the guided prediction is rescaled to the standard deviation of cond (Lin et al.
+            2024, section 3.4), over the whole canvas.
+        eta: of schedulers that take it (DDIM).
+        generator: for schedulers that draw noise; a list has one for each picture.
+        weight: overlap weight of the windows, as `ops.scatter_windows` takes it.
+        window_batch_size: windows in one call of the denoiser; None: 4. Halved, with one warning, when memory is out.
+        bridging: name or object (`instantas.sampling.bridging`) that chooses plan, evaluated windows and adjustment of
+            each step. None: the same plan at every step. With a plan per step, `weight` must fit them all.
+        cuda_graph: capture a step, from gathering to the scheduler's update, once for all steps that are alike, and
+            replay it: `instantas.sampling.graphs`. For a denoiser that CUDA can capture, on a scheduler with a
+            recurrence. No gradients.
+        callback: function of (step, timestep, latents) after each step; returns latents to go on with, or None.
+            StopIteration ends the run with the latents as they are.
+
+    Returns:
+        (B, C, H, W) latents, of the dtype given.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came, before the denoiser is called.
+    """
+    evaluate = Evaluator(denoiser, window_batch_size)
+    bridging = bridge(bridging)
+    _check_run(latents, plan)
+    check_settings(len(latents), guidance_rescale, eta, generator)
+    set_timesteps(scheduler, num_inference_steps, timesteps, latents.device)
+    stages = _stages(bridging, plan, len(scheduler.timesteps), weight, latents.device)
+    known = _levels(scheduler, stages)
+    _check_step(latents, [(Stage(plan), weight), *stages], guidance_scale)
+    recurrence = probe(scheduler, eta)
+    _check_graph(cuda_graph, latents, scheduler, recurrence)
+
+    update = _LinearUpdate(recurrence) if recurrence else _SchedulerUpdate(scheduler, generator, eta)
+    reuse = any(stage.evaluated is not None for stage, _ in stages)
+    advance = _Advance(evaluate, update, guidance_scale, guidance_rescale, plan, reuse)
+    steps = _steps(latents, scheduler.timesteps, stages, known, recurrence)
+    if cuda_graph:
+        advance = StepGraphs(advance, steps, getattr(denoiser, "phase", None))
+    state = State(latents * getattr(scheduler, "init_noise_sigma", 1.0), update.history(latents))
+    for i, (t, step) in enumerate(zip(scheduler.timesteps, steps)):
+        state = advance(state, step)
+        if callback is not None:
+            try:
+                replaced = callback(i, t, state.canvas.clone() if cuda_graph else state.canvas)
+            except StopIteration:
+                break
+            state = state if replaced is None else replace(state, canvas=replaced)
+    return state.canvas
+
+
+@dataclass(frozen=True)
+class State:
+    """What goes from step to step: (B, C, H, W) tensors, and the scheduler's history (k, B, C, H, W).
+
+    cond, uncond, noisy: the latest prediction at each cell and what it was made from, where predictions are re-used.
+    """
+
+    canvas: torch.Tensor
+    history: torch.Tensor | None = None
+    cond: torch.Tensor | None = None
+    uncond: torch.Tensor | None = None
+    noisy: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """What one step does, with its numbers on the device.
+
+    Attributes:
+        context: of all windows evaluated.
+        chosen: indices of these among the plan's windows; None: all.
+        weight: overlap weight.
+        before: noise level of the step before.
+        coefficients, keep, scale: of `schedulers.Recurrence`; None for a scheduler that has none.
+    """
+
+    context: StepContext
+    stage: Stage
+    chosen: torch.Tensor | None
+    weight: torch.Tensor | None
+    before: Level | None
+    coefficients: torch.Tensor | None = None
+    keep: torch.Tensor | None = None
+    scale: torch.Tensor | None = None
+
+
+class _Advance:
+    """One step of a run: a function of (state, step) that gives the next state, and waits for no device."""
+
+    def __init__(self, evaluate, update, guidance, rescale, plan, reuse):
+        self.evaluate, self.update, self.guidance, self.rescale = evaluate, update, guidance, rescale
+        self.whole = WindowPlan.minimum_coverage(plan.height, plan.width, (plan.height, plan.width))
+        self.reuse = reuse
+
+    def __call__(self, state: State, step: Step) -> State:
+        stage, context, chosen, weight = step.stage, step.context, step.chosen, step.weight
+        plan, whole, guidance = context.plan, self.whole, self.guidance
+        noisy = self.update.scale(state.canvas, step)
+        seen = noisy if stage.view is None else stage.view.see(noisy)
+        cond, uncond = _evaluated(self.evaluate, ops.gather_windows(seen, plan), chosen, context)
+        if stage.view is not None:
+            merged = (p if p is None else ops.scatter_windows(p, plan) for p in (cond, uncond))
+            cond, uncond = (p if p is None else stage.view.back(p)[:, None] for p in merged)
+            plan, weight = whole, None
+        latest = {}
+        if self.reuse:
+            fresh = None if cond is None else (cond, uncond)
+            parts = _latest(fresh, chosen, plan, weight, state, step, noisy)
+            latest = dict(zip(("cond", "uncond"), parts), noisy=noisy)
+            cond, uncond = (p if p is None else p[:, None] for p in parts)
+            plan, weight = whole, None
+        if uncond is not None and self.rescale > 0:
+            merged = _rescaled(cond, uncond, plan, weight, guidance, self.rescale)
+            cond, uncond, plan, weight = merged[:, None], None, whole, None
+        if stage.adjust is not None:
+            merged = _guided(cond, uncond, plan, weight, guidance)[0]
+            cond, uncond, plan, weight = stage.adjust(merged, noisy, context)[:, None], None, whole, None
+        canvas, history = self.update.step(cond, uncond, state, plan, weight, guidance, step)
+        return State(canvas, history, **latest)
+
+
+def set_timesteps(scheduler, num_inference_steps, timesteps, device) -> None:
+    """Set a number of steps or a list of timesteps on the scheduler; neither: keep those that it has."""
+    for method in ("set_timesteps", "step"):
+        if not callable(getattr(scheduler, method, None)):
+            raise TypeError(f"scheduler: expected a diffusers scheduler, got {type(scheduler).__name__}")
+    if num_inference_steps is not None and timesteps is not None:
+        raise ValueError("timesteps: expected either timesteps or num_inference_steps, got both")
+    if timesteps is not None:
+        if "timesteps" not in inspect.signature(scheduler.set_timesteps).parameters:
+            raise ValueError(f"timesteps: expected None, as {type(scheduler).__name__} takes none, got {timesteps}")
+        scheduler.set_timesteps(timesteps=list(timesteps), device=device)
+    elif num_inference_steps is not None:
+        if isinstance(num_inference_steps, bool) or not isinstance(num_inference_steps, Integral):
+            raise TypeError(f"num_inference_steps: expected a positive integer, got {num_inference_steps!r}")
+        if num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps: expected a positive integer, got {num_inference_steps}")
+        scheduler.set_timesteps(int(num_inference_steps), device=device)
+    elif getattr(scheduler, "num_inference_steps", None) is None:
+        raise ValueError("num_inference_steps: expected a number, as the scheduler has no timesteps set, got None")
+    elif getattr(scheduler, "step_index", None) is not None or getattr(scheduler, "counter", 0):
+        raise ValueError("num_inference_steps: expected a number, as the scheduler has taken steps already, got None")
+    if not len(scheduler.timesteps):
+        raise ValueError("timesteps: expected at least one, got none")
+
+
+class _LinearUpdate:
+    """Merging, guidance and the scheduler's step in one pass, with coefficients that lie on the device."""
+
+    def __init__(self, recurrence):
+        self.scaled, self.entries = bool((recurrence.input_scale != 1).any()), recurrence.history
+
+    def history(self, latents):
+        return latents.new_zeros(self.entries, *latents.shape) if self.entries else None
+
+    def scale(self, canvas, step):
+        return canvas * step.scale if self.scaled else canvas
+
+    def step(self, cond, uncond, state, plan, weight, guidance, step):
+        numbers = dict(weight=weight, history=state.history, keep=step.keep)
+        return ops.guided_step(cond, uncond, state.canvas, plan, step.coefficients, guidance, **numbers)
+
+
+class _SchedulerUpdate:
+    """The scheduler's own step, once, on the merged prediction."""
+
+    def __init__(self, scheduler, generator, eta):
+        self.scheduler = scheduler
+        self.keywords = step_keywords(scheduler, generator, eta)
+
+    def history(self, latents):
+        return None
+
+    def scale(self, canvas, step):
+        scale = getattr(self.scheduler, "scale_model_input", None)
+        return canvas if scale is None else scale(canvas, step.context.timestep).to(canvas.dtype)
+
+    def step(self, cond, uncond, state, plan, weight, guidance, step):
+        merged, canvas = _guided(cond, uncond, plan, weight, guidance)[0], state.canvas
+        stepped = self.scheduler.step(merged, step.context.timestep, canvas, return_dict=False, **self.keywords)
+        return stepped[0].to(canvas.dtype), None
+
+
+def _guided(cond, uncond, plan, weight, guidance):
+    """The merged prediction after guidance, and before it."""
+    cond = ops.scatter_windows(cond, plan, weight)
+    if uncond is None:
+        return cond, cond
+    uncond = ops.scatter_windows(uncond, plan, weight)
+    return (uncond + guidance * (cond - uncond)).to(cond.dtype), cond
+
+
+def _rescaled(cond, uncond, plan, weight, guidance, share):
+    guided, cond = _guided(cond, uncond, plan, weight, guidance)
+    ratio = cond.std((1, 2, 3), keepdim=True) / guided.std((1, 2, 3), keepdim=True)
+    return guided * (share * ratio + 1 - share)
+
+
+def _evaluated(evaluate, windows, chosen, context):
+    """Predictions (B, n, C, h, w), zero where a window is not evaluated; (None, None) where none is."""
+    b, n = windows.shape[:2]
+    if chosen is None:
+        return tuple(p if p is None else p.unflatten(0, (b, n)) for p in evaluate(windows.flatten(0, 1), context))
+    if not len(chosen):
+        return None, None
+    fresh = evaluate(windows[:, chosen].flatten(0, 1), context)
+    return tuple(
+        p if p is None else torch.zeros_like(windows).index_copy(1, chosen, p.unflatten(0, (b, len(chosen))))
+        for p in fresh
+    )
+
+
+def _latest(fresh, chosen, plan, weight, state, step, noisy):
+    """The latest predictions (cond, uncond): of the evaluated windows where one covers the cell, else those known."""
+    known = state.cond, state.uncond
+    if step.before is not None:
+        known = tuple(p if p is None else step.before.carry(p, state.noisy, step.context.level) for p in known)
+    if fresh is None:
+        return known
+    share = None if chosen is None else _share(chosen, plan, weight, noisy.device)
+    return tuple(_over(p, old, share, plan, weight) for p, old in zip(fresh, known))
+
+
+def _share(chosen, plan, weight, device):
+    """(1, 1, H, W): the part of a cell's overlap weight that the evaluated windows have."""
+    marks = torch.zeros(1, plan.count, 1, *plan.window, device=device).index_fill(1, chosen, 1.0)
+    return ops.scatter_windows(marks, plan, weight)
+
+
+def _over(fresh, latest, share, plan, weight):
+    if fresh is None or share is None:
+        return fresh if fresh is None else ops.scatter_windows(fresh, plan, weight)
+    exact = fresh if fresh.dtype == torch.float64 else fresh.float()  # shares may be tiny
+    merged = ops.scatter_windows(exact, plan, weight) / share.clamp(min=1e-9)
+    return torch.where(share > 0, merged.to(fresh.dtype), latest)
+
+
+def _steps(latents, timesteps, stages, known, recurrence):
+    """All steps, with everything from the host copied before the first: the loop waits for no device."""
+    device, steps, like = latents.device, [], {}
+    numbers = recurrence and recurrence.to(device)
+    for i, (t, level, (stage, weight)) in enumerate(zip(timesteps, known, stages)):
+        key = stage.plan.count, None if stage.evaluated is None else tuple(stage.evaluated.tolist())
+        if key not in like:
+            windows = torch.arange(stage.plan.count)
+            every = stage.evaluated is None or bool(stage.evaluated.all())
+            windows = windows if every else windows[stage.evaluated]
+            rows = torch.cartesian_prod(torch.arange(len(latents)), windows)
+            like[key] = rows, rows.to(device), None if every else windows.to(device)
+        rows, placed, chosen = like[key]
+        if stage.view is not None:
+            stage.view.on(device)
+        pictures, origins = placed[:, 0], stage.plan.tables(device)[0][placed[:, 1]]
+        context = StepContext(i, len(stages), t, stage.plan, rows, level, stage.view, pictures, origins)
+        step = Step(context, stage, chosen, weight, known[i - 1] if i else None)
+        if recurrence:
+            table = numbers.coefficients[i], numbers.keep[i], numbers.input_scale[i]
+            step = replace(step, **dict(zip(("coefficients", "keep", "scale"), table)))
+        steps.append(step)
+    return steps
+
+
+def _stages(bridging, plan, steps, weight, device):
+    """(stage, overlap weight) of every step."""
+    if bridging is None:
+        return [(Stage(plan), weight)] * steps
+    stages = [bridging.step(i, steps, plan) for i in range(steps)]
+    for i, stage in enumerate(stages):
+        size, wanted = (stage.plan.height, stage.plan.width), (plan.height, plan.width)
+        if stage.view is not None:
+            wanted = (len(stage.view.rows), len(stage.view.columns))
+        if size != wanted:
+            raise ValueError(f"bridging: expected plans of {wanted[0]} x {wanted[1]} cells, got {size} at step {i}")
+        if stage.evaluated is None:
+            continue
+        wanted = (stage.plan.count,)
+        if stage.evaluated.dtype != torch.bool or stage.evaluated.shape != wanted:
+            raise ValueError(f"bridging: expected evaluated as {wanted} bool, got {stage.evaluated} at step {i}")
+        if i == 0 and not stage.evaluated.all():
+            raise ValueError("bridging: expected every window evaluated at step 0, as there is nothing to re-use")
+    return [(stage, weight if stage.weight is None else stage.weight.to(device)) for stage in stages]
+
+
+def _levels(scheduler, stages):
+    """The noise level of each step, None where nothing is known of it and nobody asks."""
+    known = levels(scheduler)
+    if known is None and any(stage.adjust is not None for stage, _ in stages):
+        raise ValueError(
+            "bridging: expected a scheduler with alphas_cumprod or flow sigmas, as the bridge adjusts predictions, got "
+            f"{type(scheduler).__name__}"
+        )
+    return known or [None] * len(stages)
+
+
+def _check_run(latents, plan):
+    if not isinstance(plan, WindowPlan):
+        raise TypeError(f"plan: expected a WindowPlan, got {type(plan).__name__}")
+    if not isinstance(latents, torch.Tensor) or not latents.is_floating_point():
+        raise TypeError(
+            f"latents: expected a tensor of floats, got {getattr(latents, 'dtype', type(latents).__name__)}"
+        )
+    if latents.dim() != 4 or latents.shape[2:] != (plan.height, plan.width):
+        raise ValueError(f"latents: expected (B, C, {plan.height}, {plan.width}), got {tuple(latents.shape)}")
+
+
+def check_settings(pictures: int, guidance_rescale, eta, generator) -> None:
+    """Refuse what `sample` cannot be called with; raises TypeError, ValueError."""
+    for name, value in (("guidance_rescale", guidance_rescale), ("eta", eta)):
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise TypeError(f"{name}: expected a number from 0 to 1, got {value!r}")
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name}: expected 0 to 1, got {value}")
+    generators = generator if isinstance(generator, list) else [generator]
+    if wrong := [g for g in generators if not (g is None or isinstance(g, torch.Generator))]:
+        raise TypeError(f"generator: expected a torch.Generator or a list of them, got {type(wrong[0]).__name__}")
+    if isinstance(generator, list) and len(generator) != pictures:
+        raise ValueError(f"generator: expected one for each of {pictures} pictures, got {len(generator)}")
+
+
+def _check_graph(cuda_graph, latents, scheduler, recurrence):
+    if not isinstance(cuda_graph, bool):
+        raise TypeError(f"cuda_graph: expected True or False, got {cuda_graph!r}")
+    if cuda_graph and latents.device.type != "cuda":
+        raise ValueError(f"cuda_graph: expected False for latents that are not on a CUDA device, got {latents.device}")
+    if cuda_graph and recurrence is None:
+        raise ValueError(
+            "cuda_graph: expected False with a scheduler that draws noise or is no short linear recurrence, got True "
+            f"with {type(scheduler).__name__}"
+        )
+
+
+def _check_step(latents, stages, guidance_scale):
+    """Run the canvas operations once on no picture at all: they check plan, weight and guidance scale."""
+    none = latents[:0]
+    for stage, weight in {(id(s.plan), id(w)): (s, w) for s, w in stages if s.view is None}.values():
+        windows = ops.gather_windows(none, stage.plan)
+        ops.guided_step(windows, windows, none, stage.plan, (1.0, 0.0), guidance_scale, weight=weight)

@@ -1,0 +1,86 @@
+"""The CUDA kernels on the CPU: `csrc/`, with the device's instructions replaced by those of `emulation/`.
+
+    with emulated.cuda():
+        ops.gather_windows(...)  # CPU tensors, through the host code and the kernels of the CUDA library
+
+The library is built when it is first needed, and again when a source changes.
+"""
+
+import contextlib
+import fcntl
+import functools
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+from unittest import mock
+
+import torch
+
+from instantas import ops
+from instantas.ops import backend
+
+ROOT = Path(__file__).parents[2]
+COMPILER = shlex.split(os.environ.get("CXX", "g++"))
+FLAGS = ["-x", "c++", "-std=c++17", "-O2", "-fPIC", "-shared", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+AVAILABLE = shutil.which(COMPILER[0]) is not None and Path("/proc/self").exists()
+
+
+@contextlib.contextmanager
+def cuda():
+    """Force the emulated CUDA backend, for tensors on the CPU."""
+    _load()
+    absent = backend._absent
+    with (
+        mock.patch.object(backend, "_absent", lambda name: None if name == "cuda" else absent(name)),
+        mock.patch.dict(backend._DEVICES, cuda=("cpu",)),
+        ops.use_backend("cuda"),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def order(seed: int):
+    """Another order in which threads and blocks run; 0: one after the other."""
+    _load()
+    torch.ops.instantas_emulation.set_order(seed)
+    try:
+        yield
+    finally:
+        torch.ops.instantas_emulation.set_order(0)
+
+
+@functools.cache
+def _load():
+    sources = {
+        path.name: path
+        for folder in ("csrc", "instantas/testing/emulation")
+        for path in sorted((ROOT / folder).iterdir())
+    }
+    text = b"".join(name.encode() + path.read_bytes() for name, path in sources.items())
+    key = hashlib.sha256(text + repr((COMPILER, FLAGS, torch.__version__)).encode()).hexdigest()[:16]
+    folder = ROOT / "build" / "emulation"
+    library = folder / f"{key}.so"
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:  # the first of the test processes builds, the others wait
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not library.exists():
+            _build(sources, folder / key, library)
+    backend._define("cuda")
+    torch.ops.load_library(library)
+
+
+def _build(sources, work, library):
+    """A folder in which the emulation's headers take the place of the device's."""
+    torch_folder = Path(torch.__file__).parent
+    work.mkdir(exist_ok=True)
+    for name, path in sources.items():
+        shutil.copyfile(path, work / name)
+    units = [str(work / name) for name in sources if name.endswith(".cu")]
+    libraries = [f"-L{torch_folder / 'lib'}", "-ltorch_cpu"]
+    command = [*COMPILER, *FLAGS, "-isystem", str(torch_folder / "include"), *units, *libraries]
+    subprocess.run([*command, "-o", str(work / "library.so")], check=True)
+    os.replace(work / "library.so", library)
+    shutil.rmtree(work)

@@ -1,0 +1,79 @@
+"""Random examples of the operations: each function draws (call, arguments) that `oracle.judge` takes.
+
+They have a thousand results or more, so that the error is no accident of a few.
+"""
+
+import random
+
+from instantas import ops
+from instantas.testing import oracle
+from instantas.testing.oracle import attention_inputs, normal, positive, region_weights
+from instantas.windows import WEIGHT_KINDS, WindowPlan
+
+
+def plan_of(draw: random.Random) -> WindowPlan:
+    """A few windows, of any shape, on canvases of 250 to 800 cells: the interpreter takes its time for each of both."""
+    height = draw.choice([draw.randint(1, 8), draw.randint(1, 16)])
+    width = draw.randint(-(-250 // height), max(-(-250 // height), 56))
+    wrap = draw.random() < 0.3, draw.random() < 0.3
+    window = [draw.randint(-(-size // 2), size + 2) for size in (height, width)]
+    if draw.random() < 0.7:
+        shift = tuple(draw.randint(-9, 9) * wraps for wraps in wrap)
+        return WindowPlan.minimum_coverage(height, width, window, wrap=wrap, shift=shift)
+    stride = [draw.randint(-(-2 * size // 3), size) for size in window]
+    return WindowPlan.strided(height, width, window, stride, wrap=wrap)
+
+
+def weight_of(draw, plan):
+    kind = draw.choice(["none", "each", *WEIGHT_KINDS])
+    if kind in WEIGHT_KINDS:
+        return plan.weight(kind)
+    return None if kind == "none" else positive(plan.count, *plan.window, seed=draw.randint(0, 99))
+
+
+def gather(draw):
+    plan = plan_of(draw)
+    canvas = normal(1, draw.choice([4, 4, 4, 4, 5]), plan.height, plan.width, seed=draw.randint(0, 99))
+    return lambda x: ops.gather_windows(x, plan), [canvas]
+
+
+def scatter(draw):
+    plan = plan_of(draw)
+    windows = normal(1, plan.count, draw.choice([4, 4, 4, 4, 5]), *plan.window, seed=draw.randint(0, 99))
+    return lambda x, w: ops.scatter_windows(x, plan, w), [windows, weight_of(draw, plan)]
+
+
+def step(draw):
+    plan, seed, c, k = plan_of(draw), draw.randint(0, 99), draw.choice([4, 4, 4, 4, 5]), draw.randint(0, 3)
+    coefficients, keep = normal(2 + k, seed=seed).tolist(), normal(2, seed=seed + 1).tolist()
+    cond, uncond = (normal(1, plan.count, c, *plan.window, seed=seed + i) for i in (2, 3))
+    sample, history = (normal(*s, 1, c, plan.height, plan.width, seed=seed + 4) for s in ((), (k,)))
+    guidance = draw.choice([0.0, 1.0, 7.5, positive(plan.height, plan.width) * 7])
+
+    def call(cond, uncond, sample, history, weight, guidance):
+        return ops.guided_step(
+            cond, uncond, sample, plan, coefficients, guidance, weight=weight, history=history, keep=keep
+        )
+
+    uncond, history = draw.choice([uncond, None]), history if k else None
+    return call, [cond, uncond, sample, history, weight_of(draw, plan), guidance]
+
+
+def attention(draw):
+    seed, mode, scale = draw.randint(0, 99), draw.choice(["blend", "joint"]), draw.choice([None, 0.1, 0.5])
+    b, n, heads, d = 1, draw.randint(120, 150), 1, draw.randint(16, 24)
+    p, length, r = draw.randint(1, 3), draw.randint(1, 33), draw.choice([1, 2, 3, 20])
+    weights = region_weights(b, r, n, seed=seed, hard=draw.random() < 0.5)
+    call = lambda q, k, v, i, w: ops.regional_attention(q, k, v, i, w, mode=mode, scale=scale)  # noqa: E731
+    return call, [*attention_inputs(b, n, heads, d, p, length, r, seed=seed), weights]
+
+
+OPERATIONS = gather, scatter, step, attention
+
+
+def judge(backends, operation, draw):
+    """Holds backends to the error budget on one example of the operation, in a dtype drawn with it."""
+    call, arguments = operation(draw)
+    dtype = draw.choice(oracle.DTYPES)
+    for backend in backends:
+        oracle.judge(backend, call, arguments, dtype, attention=operation is attention)

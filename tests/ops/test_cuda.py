@@ -1,0 +1,94 @@
+"""The CUDA kernels: compiled for every architecture without spills, and free of races in the emulation.
+
+What they compute is tested beside the other backends, in `test_operations.py` and `test_examples.py`.
+"""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from instantas import ops
+from instantas.testing import emulated, oracle
+from instantas.testing.oracle import attention_inputs, normal, positive, region_weights
+from instantas.windows import WindowPlan
+
+SOURCES = sorted(path.name for path in (oracle.ROOT / "csrc").glob("*.cu"))
+PLAN = WindowPlan.minimum_coverage(23, 37, (10, 16), wrap=(False, True), shift=(0, 5))
+
+
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="there is no nvcc")
+@pytest.mark.parametrize("source", SOURCES)
+def test_compiles_without_spills(source, tmp_path):
+    folder = Path(torch.__file__).parent / "include"
+    targets = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in ("80", "90a")]
+    flags = ["-std=c++17", "-O3", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-DUSE_CUDA", "-isystem", str(folder)]
+    command = ["nvcc", *flags, *targets, "-Xptxas=-v", "-c", oracle.ROOT / "csrc" / source, "-o", tmp_path / "object.o"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    frames = [line.strip() for line in done.stderr.splitlines() if "bytes stack frame" in line]
+    assert all(f == "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" for f in frames), frames
+    assert len(frames) % 2 == 0 and (frames or source == "library.cu")
+
+
+def calls():
+    """Name -> (call, arguments): every kernel, over several tiles, prompts and staged blocks of tokens."""
+    cond, uncond = (normal(1, PLAN.count, 3, *PLAN.window, seed=s) for s in (1, 2))
+    canvas = normal(1, 3, PLAN.height, PLAN.width)
+
+    def step(cond, uncond, sample):
+        return ops.guided_step(cond, uncond, sample, PLAN, [0.9, -0.4, 0.3], 7.5, history=sample[None])
+
+    def attention(mode):
+        return lambda *a: ops.regional_attention(*a, mode=mode)
+
+    bank = [*attention_inputs(1, 37, 1, 40, 3, 90, 4), region_weights(1, 4, 37)]
+    yield "gather", lambda x: ops.gather_windows(x, PLAN), [canvas]
+    yield "scatter", lambda m: ops.scatter_windows(m, PLAN, positive(*PLAN.window)), [cond]
+    yield "step", step, [cond, uncond, canvas]
+    yield "blend", attention("blend"), bank
+    yield "joint", attention("joint"), bank
+
+
+@pytest.mark.skipif(not oracle.EMULATED, reason="the emulation needs a compiler and no GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("name, call, arguments", [pytest.param(*c, id=c[0]) for c in calls()])
+def test_results_do_not_depend_on_the_order_of_threads(name, call, arguments, dtype):
+    """Threads that read what another has yet to write, with no barrier between them, give another result then."""
+    plain = oracle.run("cuda", call, arguments, dtype, gradients=3)
+    for seed in (1, 2):
+        with emulated.order(seed):
+            assert all(map(torch.equal, oracle.run("cuda", call, arguments, dtype, gradients=3), plain))
+
+
+@pytest.mark.skipif(not oracle.EMULATED, reason="the emulation needs a compiler and no GPU")
+@pytest.mark.parametrize("shape", [(32, 48), (16, 20), (7, 9)], ids=["16 bytes", "4 bytes", "one element"])
+def test_every_width_of_memory_access(shape):
+    plan = WindowPlan.minimum_coverage(*shape, (shape[0] // 2 + 1, shape[1] // 2))
+    canvas, windows = normal(1, 9, *shape), normal(1, plan.count, 9, *plan.window)
+    for dtype in oracle.DTYPES:
+        oracle.judge("cuda", lambda x, p=plan: ops.gather_windows(x, p), [canvas], dtype)
+        oracle.judge("cuda", lambda m, p=plan: ops.scatter_windows(m, p), [windows], dtype)
+
+
+@pytest.mark.skipif(not oracle.EMULATED, reason="the emulation needs a compiler and no GPU")
+def test_memory_that_is_not_aligned_is_read_an_element_at_a_time():
+    """A view that starts one element into its memory."""
+    plan = WindowPlan.minimum_coverage(16, 32, 16)
+    query, key, value, ids = attention_inputs(1, 20, 1, 16, 2, 18, 2)
+    weights = region_weights(1, 2, 20)
+
+    def shifted(tensor):
+        memory = torch.empty(tensor.numel() + 1, dtype=tensor.dtype)
+        return memory[1:].view(tensor.shape).copy_(tensor)
+
+    def run(move):
+        attend = lambda q, k, v, i, w: ops.regional_attention(move(q), move(k), move(v), i, w)  # noqa: E731
+        yield from oracle.run("cuda", attend, [query, key, value, ids, weights], torch.float16)
+        yield from oracle.run(
+            "cuda", lambda x: ops.gather_windows(move(x), plan), [normal(1, 2, 16, 32)], torch.float16
+        )
+
+    assert all(map(torch.equal, run(shifted), run(lambda tensor: tensor)))

@@ -1,0 +1,160 @@
+"""Guards of speed that need no clock: instructions of the CPU kernels, operations called, queries attended."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from instantas import ops, testing
+from instantas.bench import cases
+from instantas.ops import cpu
+from instantas.sampling.bridging import evaluations
+from instantas.sampling.sampler import sample
+from instantas.testing.tiny import scheduler
+from instantas.windows import WindowPlan
+
+CONTROL = """
+#include <valgrind/callgrind.h>
+void start(void) { CALLGRIND_START_INSTRUMENTATION; CALLGRIND_ZERO_STATS; }
+void stop(const char* name) { CALLGRIND_DUMP_STATS_AT(name); CALLGRIND_STOP_INSTRUMENTATION; }
+"""
+# Instructions for each element of the result, and in thousands for the call itself; counted with gcc 12, Python 3.11.
+# Whoever makes them fewer writes the new count here.
+COUNTED = {
+    "gather, float32": (1.4, 190),
+    "gather, bfloat16": (1.4, 155),
+    "scatter, float32": (1.3, 180),
+    "scatter, bfloat16": (1.2, 170),
+    "scatter, weighted overlap, float32": (18.3, 0),
+    "scatter, weighted overlap, bfloat16": (22.4, 0),
+    "step, float32": (19.2, 280),
+    "step, bfloat16": (29.5, 275),
+}
+MORE = 1.3  # times as many instructions for each element, with another compiler
+MORE_FOR_A_CALL = 1.6  # and with another Python
+EVERYWHERE = 60  # thousands of instructions of a call whose own are few
+
+
+def counts(folder: Path) -> dict:
+    """ "operation, dtype" -> {elements: instructions}."""
+    for tool in ("valgrind", "cc"):
+        if shutil.which(tool) is None:
+            pytest.skip(f"{tool} is not installed")
+    if (state := ops.backends()["cpp"]) != "available":
+        pytest.skip(f"cpp: {state}")
+    (folder / "control.c").write_text(CONTROL)
+    command = ["cc", "-O1", "-shared", "-fPIC", "control.c", "-o", "control.so"]
+    if subprocess.run(command, cwd=folder, capture_output=True).returncode:
+        pytest.skip("valgrind's headers are not installed")
+    settings = dict(OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join(sys.path), TRITON_INTERPRET="0")
+    options = ["--tool=callgrind", "--instr-atstart=no", f"--callgrind-out-file={folder}/out"]
+    script = Path(testing.__file__).with_name("counted.py")
+    subprocess.run(
+        ["valgrind", "-q", *options, sys.executable, script, folder / "control.so"],
+        env=os.environ | settings,
+        check=True,
+        capture_output=True,
+    )
+    found = {}
+    for path in folder.glob("out.*"):
+        text = path.read_text()
+        if match := re.search(r"Client Request: (.*), (\d+)$", text, re.M):
+            total = int(re.search(r"^totals: (\d+)", text, re.M)[1])
+            found.setdefault(match[1], {})[int(match[2])] = total
+    return found
+
+
+def test_kernels_take_no_more_instructions_than_they_did(tmp_path):
+    found = counts(tmp_path)
+    assert set(found) == set(COUNTED)
+    grown = {}
+    for name, (of_element, of_call) in COUNTED.items():
+        (small, few), (large, many) = sorted(found[name].items())
+        slope = (many - few) / (large - small)
+        start = (few - slope * small) / 1e3
+        assert slope > 0.5, f"{name}: {found[name]} was not counted"
+        if slope > MORE * of_element or start > MORE_FOR_A_CALL * of_call + EVERYWHERE:
+            grown[name] = f"{slope:.1f} an element, {start:.0f} thousand a call"
+    assert not grown
+
+
+class Calls(TorchDispatchMode):
+    """Counts the operations called, views left out."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not func.is_view:
+            self.counts[func._schema.name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def sampled(side: int, bridging=None, steps: int = 12):
+    """(operations of the last step without the denoiser's, windows that it was given, its calls)."""
+    plan = WindowPlan.minimum_coverage(16 * side, 16 * side, 16)
+    given, after = [], []
+
+    def denoiser(windows, t, context):
+        given.append(len(windows))
+        return windows.detach(), windows.detach()
+
+    noise = torch.randn(1, 4, plan.height, plan.width, generator=torch.Generator().manual_seed(0))
+    options = dict(num_inference_steps=steps, guidance_scale=7.5, window_batch_size=4, bridging=bridging)
+    with torch.no_grad(), Calls() as calls:
+        options["callback"] = lambda i, t, latents: after.append(calls.counts.copy())
+        sample(denoiser, noise, plan, scheduler(), **options)
+    return after[-1] - after[-2], sum(given), len(given)
+
+
+@pytest.mark.parametrize("side", [1, 2, 8])
+def test_a_step_gathers_once_and_steps_once_whatever_the_canvas(side):
+    calls, windows, batches = sampled(side)
+    assert (windows, batches) == (12 * side**2, 12 * -(-(side**2) // 4))
+    assert calls["instantas::gather_windows"] == calls["instantas::guided_step"] == 1
+    assert calls["instantas::scatter_windows"] == 0
+
+
+@pytest.mark.parametrize("side, batches", [(1, 0), (2, 0), (4, 4), (8, 16)])
+def test_operations_of_a_step_grow_with_the_batches_alone(side, batches):
+    calls, _, _ = sampled(side)
+    alone = 6  # gathering, the step, its empty history, and the list of windows
+    joined = 2 + 2 * batches  # predictions with and without the prompt, each copied to its place once
+    assert calls.total() <= alone + (joined if batches else 0)
+
+
+@pytest.mark.parametrize("bridging", ["default", "economy", "centred"])
+def test_evaluations_are_those_that_the_plan_announces(bridging):
+    plan = WindowPlan.minimum_coverage(64, 64, 16)
+    assert sampled(4, bridging)[1] == evaluations(bridging, plan, 12) <= 12 * plan.lower_bound
+
+
+@pytest.mark.parametrize("regions", [1, 4, 16])
+def test_hard_regions_attend_to_one_prompt_for_each_query(regions):
+    ids, weights = cases.stripes(regions, 2, 1024, False, "cpu")
+    generator = torch.Generator().manual_seed(0)
+    tensors = cases.bank_inputs(regions, 2, 1024, 2, 8, 7, "cpu", torch.float32)(generator)
+    attended = []
+
+    class Attended(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            if func._schema.name == "aten::_softmax":
+                attended.append(result.shape[1:])
+            return result
+
+    if (state := ops.backends()["cpp"]) != "available":
+        pytest.skip(f"cpp: {state}")
+    with torch.no_grad(), Attended():
+        cpu.regional_attention(*tensors, ids, weights, False, 8**-0.5)
+    assert sum(queries for queries, _ in attended) == 2 * 1024
+    assert {tokens for _, tokens in attended} == {7}
+    assert len(attended) <= regions + 2 * 1024 // cpu.CHUNK

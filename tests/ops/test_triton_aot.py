@@ -1,0 +1,35 @@
+"""Every Triton kernel compiles for every architecture, without spilling and within the chip's shared memory."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from instantas.testing import oracle
+
+triton = pytest.importorskip("triton")
+
+KERNELS = {"gather", "scatter", "step", "attention", "grad_query", "grad_key_value"}
+PROGRAM = """
+import json, sys
+from bench import resources
+architecture = int(sys.argv[1])
+rows = [row._asdict() for row in resources.triton_usage(full=False, architectures=[architecture])]
+print(json.dumps([rows, resources.SHARED_LIMIT[architecture]]))
+"""
+
+
+@pytest.mark.parametrize("architecture", [80, 90, 100])
+def test_no_spills_and_shared_memory_within_the_limit(architecture, tmp_path):
+    """In a process of its own, because kernels that were imported for the interpreter cannot be compiled."""
+    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(oracle.ROOT)}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, "-c", PROGRAM, str(architecture)]
+    done = subprocess.run(command, env=environment, cwd=oracle.ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows, limit = json.loads(done.stdout)
+    assert {row["kernel"] for row in rows} == KERNELS
+    for row in rows:
+        assert row["spilled"] == 0 and 0 < row["registers"] <= 255 and row["shared"] <= limit, row

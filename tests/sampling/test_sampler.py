@@ -1,0 +1,409 @@
+"""The sampling loop against a plain one on the whole canvas: every scheduler, guidance, callbacks, refusals."""
+
+import copy
+import inspect
+import re
+
+import diffusers
+import pytest
+import torch
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
+
+from instantas.sampling.sampler import StepContext, sample
+from instantas.sampling.schedulers import step_keywords
+from instantas.testing.tiny import WINDOW, scheduler, unet
+from instantas.windows import WindowPlan
+
+SCHEDULERS = (
+    "DDIM",
+    "DDPM",
+    "PNDM",
+    "EulerDiscrete",
+    "EulerAncestralDiscrete",
+    "DPMSolverMultistep",
+    "DPMSolverSinglestep",
+    "UniPCMultistep",
+    "LMSDiscrete",
+    "HeunDiscrete",
+    "DEISMultistep",
+    "KDPM2Discrete",
+    "LCM",
+)
+PREDICTIONS = ("epsilon", "v_prediction")
+NATIVE = WindowPlan.minimum_coverage(WINDOW, WINDOW)
+WIDE = WindowPlan.minimum_coverage(20, 50, WINDOW)  # 2 x 4 windows that overlap
+SCALE = 3.0
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def noise(plan, pictures=1, seed=0, dtype=torch.float32):
+    return torch.randn(pictures, 4, plan.height, plan.width, generator=seeded(seed), dtype=dtype)
+
+
+def of(name, prediction_type="epsilon", **config):
+    if name == "PNDM":
+        config = dict(skip_prk_steps=True) | config  # as Stable Diffusion has it
+    return scheduler(prediction_type, kind=getattr(diffusers, name + "Scheduler"), **config)
+
+
+def pointwise(windows, timestep, context=None):
+    """Predictions that depend on their own cell alone, so that the windows cannot matter."""
+    share = timestep / 1000
+    return torch.tanh(windows) * (1 - share), torch.sin(windows) * share + 0.1
+
+
+def plain_loop(denoise, latents, schedule, *, guidance=SCALE, steps=6, seed=7, eta=0.0, rescale=0.0):
+    """What one would write without windows: `scheduler.step` on the whole canvas."""
+    schedule.set_timesteps(steps)
+    keywords = step_keywords(schedule, seeded(seed), eta)
+    x = latents * schedule.init_noise_sigma
+    for t in schedule.timesteps:
+        cond, uncond = denoise(schedule.scale_model_input(x, t), t)
+        guided = uncond + guidance * (cond - uncond)
+        if rescale:
+            guided = rescale_noise_cfg(guided, cond, rescale)
+        x = schedule.step(guided, t, x, return_dict=False, **keywords)[0]
+    return x
+
+
+def difference(ours, theirs):
+    return ((ours - theirs).norm() / theirs.norm()).item()
+
+
+# Every scheduler
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("prediction_type", PREDICTIONS)
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_one_native_window_is_a_plain_loop(name, prediction_type):
+    net, texts = unet(), torch.randn(2, 16, 32, generator=seeded(1))
+
+    def denoise(windows, t, context=None):
+        both = net(torch.cat([windows] * 2), t, texts.repeat_interleave(len(windows), 0), return_dict=False)[0]
+        return both.chunk(2)
+
+    ours = sample(
+        denoise,
+        noise(NATIVE),
+        NATIVE,
+        of(name, prediction_type),
+        num_inference_steps=6,
+        guidance_scale=SCALE,
+        generator=seeded(7),
+    )
+    assert difference(ours, plain_loop(denoise, noise(NATIVE), of(name, prediction_type))) < 1e-4
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTIONS)
+@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("weight", [None, "gaussian"])
+def test_any_windows_are_one_step_on_the_whole_canvas(name, prediction_type, weight):
+    """Ancestral noise too is drawn once, over the whole canvas."""
+    ours = sample(
+        pointwise,
+        noise(WIDE, 2),
+        WIDE,
+        of(name, prediction_type),
+        num_inference_steps=6,
+        guidance_scale=SCALE,
+        generator=seeded(7),
+        weight=weight and WIDE.weight(weight),
+    )
+    assert difference(ours, plain_loop(pointwise, noise(WIDE, 2), of(name, prediction_type))) < 1e-4
+
+
+@pytest.mark.parametrize(
+    "name, config, eta",
+    [
+        ("DDIM", dict(clip_sample=True), 0.0),
+        ("DDIM", dict(thresholding=True), 0.0),
+        ("DDIM", {}, 1.0),
+        ("DDPM", dict(clip_sample=True), 0.0),
+        ("DPMSolverMultistep", dict(thresholding=True), 0.0),
+        ("DPMSolverMultistep", dict(algorithm_type="sde-dpmsolver++"), 0.0),
+        ("EulerAncestralDiscrete", {}, 0.0),
+        ("LCM", {}, 0.0),
+        ("PNDM", dict(skip_prk_steps=False), 0.0),
+    ],
+    ids=str,
+)
+def test_what_is_not_linear_takes_one_global_step(name, config, eta, monkeypatch):
+    schedule, stepped = of(name, **config), []
+    step = type(schedule).step
+
+    def counted(self, output, *args, **keywords):
+        if self is schedule:
+            stepped.append(tuple(output.shape))
+        return step(self, output, *args, **keywords)
+
+    counted.__signature__ = inspect.signature(step)
+    monkeypatch.setattr(type(schedule), "step", counted)
+    latents = noise(WIDE, 2)
+    run = dict(num_inference_steps=6, guidance_scale=SCALE, generator=seeded(7), eta=eta)
+    ours = sample(pointwise, latents, WIDE, schedule, **run)
+    assert stepped == [tuple(latents.shape)] * len(schedule.timesteps)
+    assert difference(ours, plain_loop(pointwise, latents, of(name, **config), eta=eta)) < 1e-4
+
+
+def test_a_linear_scheduler_is_never_stepped_and_never_copied_during_the_run(monkeypatch):
+    schedule, copied, counts = of("DPMSolverMultistep"), [], []
+    deepcopy = copy.deepcopy
+
+    def counting(value, *args):
+        copied.append(isinstance(value, type(schedule)))
+        return deepcopy(value, *args)
+
+    def denoise(windows, timestep, context):
+        counts.append(sum(copied))
+        return pointwise(windows, timestep)
+
+    monkeypatch.setattr(copy, "deepcopy", counting)
+    sample(denoise, noise(WIDE), WIDE, schedule, num_inference_steps=6, window_batch_size=1)
+    assert counts == [3] * 6 * WIDE.count  # those of `probe`, before the run
+    assert schedule.step_index is None and schedule.model_outputs == [None] * 2
+
+
+def test_ancestral_ddpm_follows_equation_7():
+    """q(x_{t-1} | x_t, x_0): here x_0 = 0.3, so that mean and standard deviation are known."""
+    schedule, x0, seen = of("DDPM", "sample"), 0.3, []
+    latents = noise(WIDE, 2)
+    sample(
+        lambda windows, t, context: torch.full_like(windows, x0),
+        latents,
+        WIDE,
+        schedule,
+        timesteps=[500, 499],
+        generator=seeded(7),
+        callback=lambda i, t, x: seen.append(x),
+    )
+    abar = schedule.alphas_cumprod.double()
+    now, before = abar[500], abar[499]
+    beta = 1 - now / before
+    mean = before.sqrt() * beta / (1 - now) * x0 + (1 - before) * (1 - beta).sqrt() / (1 - now) * latents
+    variance = (1 - before) / (1 - now) * beta
+    drawn = torch.randn(latents.shape, generator=seeded(7))
+    assert difference(seen[0].double(), mean + variance.sqrt() * drawn) < 1e-5
+    assert (seen[0] - mean).std().item() == pytest.approx(variance.sqrt().item(), rel=0.03)
+
+
+# Guidance
+
+
+def test_a_guidance_map_guides_each_cell():
+    guidance = torch.rand(WIDE.height, WIDE.width, generator=seeded(2)) * 8
+    ours = sample(pointwise, noise(WIDE), WIDE, of("DDIM"), num_inference_steps=5, guidance_scale=guidance)
+    assert difference(ours, plain_loop(pointwise, noise(WIDE), of("DDIM"), guidance=guidance, steps=5)) < 1e-4
+    ours = sample(pointwise, noise(WIDE), WIDE, of("DDPM"), num_inference_steps=5, guidance_scale=guidance,
+                  generator=seeded(7))  # fmt: skip
+    assert difference(ours, plain_loop(pointwise, noise(WIDE), of("DDPM"), guidance=guidance, steps=5)) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["DDIM", "EulerAncestralDiscrete"])
+def test_a_rescaled_guidance_is_diffusers_over_the_whole_canvas(name):
+    ours = sample(
+        pointwise,
+        noise(WIDE, 2),
+        WIDE,
+        of(name, "v_prediction"),
+        num_inference_steps=6,
+        guidance_scale=SCALE,
+        guidance_rescale=0.7,
+        generator=seeded(7),
+    )
+    assert difference(ours, plain_loop(pointwise, noise(WIDE, 2), of(name, "v_prediction"), rescale=0.7)) < 1e-4
+
+
+def test_without_uncond_there_is_no_guidance():
+    run = dict(num_inference_steps=5)
+    alone = sample(lambda *args: pointwise(*args)[0], noise(WIDE), WIDE, of("DDIM"), guidance_scale=9.0, **run)
+    pair = sample(lambda *args: (pointwise(*args)[0], None), noise(WIDE), WIDE, of("DDIM"), **run)
+    both = sample(pointwise, noise(WIDE), WIDE, of("DDIM"), guidance_scale=1.0, **run)
+    assert torch.equal(alone, pair)
+    torch.testing.assert_close(alone, both)
+
+
+# What the denoiser is told
+
+
+def test_the_context_says_where_the_run_is():
+    contexts, schedule = [], of("HeunDiscrete", "v_prediction")
+
+    def denoise(windows, timestep, context):
+        assert isinstance(context, StepContext) and timestep is context.timestep and timestep.dim() == 0
+        contexts.append(context)
+        return windows
+
+    sample(denoise, noise(WIDE), WIDE, schedule, num_inference_steps=4, window_batch_size=WIDE.count)
+    assert [c.step for c in contexts] == list(range(7)) and {c.steps for c in contexts} == {7}
+    assert [c.timestep for c in contexts] == list(schedule.timesteps)
+    assert all(c.plan is WIDE and c.view is None and c.level.predicts == "v_prediction" for c in contexts)
+
+
+# Dtypes, steps, callbacks
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("name", ["DDIM", "EulerAncestralDiscrete", "UniPCMultistep"])
+def test_latents_keep_their_dtype(name, dtype):
+    def run(dtype):
+        latents = noise(WIDE).to(dtype)
+        seen = []
+
+        def denoise(windows, timestep, context):
+            seen.append(windows.dtype)
+            return pointwise(windows, timestep)
+
+        result = sample(denoise, latents, WIDE, of(name), num_inference_steps=4, guidance_scale=SCALE,
+                        generator=seeded(7))  # fmt: skip
+        assert result.dtype == dtype and set(seen) == {dtype}
+        return result.double()
+
+    ours = run(dtype)
+    if dtype == torch.float64 and name == "EulerAncestralDiscrete":
+        return  # other noise is drawn in another precision
+    assert difference(ours, run(torch.float32)) < {torch.float16: 2e-3, torch.bfloat16: 2e-2}.get(dtype, 1e-6)
+
+
+def test_timesteps_can_be_given():
+    wanted = [900, 600, 300, 10]
+    seen = []
+    sample(lambda w, t, c: seen.append(int(t)) or w, noise(WIDE), WIDE, of("DPMSolverMultistep"), timesteps=wanted,
+           window_batch_size=WIDE.count)  # fmt: skip
+    assert seen == wanted
+
+
+def test_timesteps_that_the_scheduler_has_are_kept():
+    schedule = of("UniPCMultistep")
+    schedule.set_timesteps(5)
+    ours = sample(pointwise, noise(WIDE), WIDE, schedule, guidance_scale=SCALE)
+    assert difference(ours, plain_loop(pointwise, noise(WIDE), of("UniPCMultistep"), steps=5)) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["DDIM", "EulerAncestralDiscrete"])
+def test_callbacks_see_replace_and_stop(name):
+    run = dict(num_inference_steps=6, guidance_scale=SCALE)
+    schedule, seen = of(name), []
+    result = sample(pointwise, noise(WIDE), WIDE, schedule, generator=seeded(),
+                    callback=lambda i, t, x: seen.append((i, int(t), x)), **run)  # fmt: skip
+    assert [(i, t) for i, t, _ in seen] == list(enumerate(schedule.timesteps.int().tolist()))
+    assert seen[-1][2] is result
+
+    zeros = torch.zeros_like(result)
+    replaced = sample(pointwise, noise(WIDE), WIDE, of(name), callback=lambda i, t, x: zeros if i == 5 else None, **run)
+    assert replaced is zeros
+
+    def stop(i, t, x):
+        if i == 2:
+            raise StopIteration
+
+    stopped = sample(pointwise, noise(WIDE), WIDE, of(name), generator=seeded(), callback=stop, **run)
+    assert torch.equal(stopped, seen[2][2])
+
+
+def test_a_generator_for_each_picture():
+    run = dict(num_inference_steps=4, guidance_scale=SCALE)
+    latents = noise(WIDE, 2)
+    both = sample(pointwise, latents, WIDE, of("DDPM"), generator=[seeded(3), seeded(4)], **run)
+    for i, seed in enumerate((3, 4)):
+        alone = sample(pointwise, latents[i : i + 1], WIDE, of("DDPM"), generator=[seeded(seed)], **run)
+        torch.testing.assert_close(both[i], alone[0])
+
+
+def test_gradients_reach_the_denoiser():
+    gain = torch.ones((), requires_grad=True)
+    result = sample(lambda w, t, c: (gain * w, 0.5 * w), noise(WIDE), WIDE, of("DDIM"), num_inference_steps=3,
+                    guidance_scale=SCALE, window_batch_size=3)  # fmt: skip
+    result.square().sum().backward()
+    plain = torch.ones((), requires_grad=True)
+    theirs = plain_loop(lambda w, t: (plain * w, 0.5 * w), noise(WIDE), of("DDIM"), steps=3)
+    theirs.square().sum().backward()
+    assert gain.grad.item() == pytest.approx(plain.grad.item(), rel=1e-4)
+
+
+# What is refused
+
+
+def used(name="DPMSolverMultistep", steps=3):
+    schedule = of(name)
+    plain_loop(pointwise, noise(NATIVE), schedule, steps=steps)
+    return schedule
+
+
+def holed():
+    weight = torch.ones(WIDE.count, WINDOW, WINDOW)
+    weight[0] = 0
+    return weight
+
+
+LATENTS = noise(WIDE)
+REFUSED = [
+    (TypeError, "denoiser: expected a function, got int", dict(denoiser=1)),
+    (TypeError, "latents: expected a tensor of floats, got list", dict(latents=[1.0])),
+    (TypeError, "latents: expected a tensor of floats, got torch.int64", dict(latents=LATENTS.long())),
+    (ValueError, "latents: expected (B, C, 20, 50), got (4, 20, 50)", dict(latents=LATENTS[0])),
+    (ValueError, "latents: expected (B, C, 20, 50), got (1, 4, 20, 49)", dict(latents=LATENTS[..., 1:])),
+    (TypeError, "plan: expected a WindowPlan, got str", dict(plan="minimum")),
+    (TypeError, "scheduler: expected a diffusers scheduler, got str", dict(scheduler="DDIM")),
+    (ValueError, "num_inference_steps: expected a positive integer, got 0", dict(num_inference_steps=0)),
+    (ValueError, "num_inference_steps: expected a positive integer, got -1", dict(num_inference_steps=-1)),
+    (TypeError, "num_inference_steps: expected a positive integer, got 2.5", dict(num_inference_steps=2.5)),
+    (TypeError, "num_inference_steps: expected a positive integer, got True", dict(num_inference_steps=True)),
+    (ValueError, "num_inference_steps: expected a number, as the scheduler has no", dict(num_inference_steps=None)),
+    (
+        ValueError,
+        "num_inference_steps: expected a number, as the scheduler has taken steps",
+        dict(num_inference_steps=None, scheduler=used()),
+    ),
+    (
+        ValueError,
+        "num_inference_steps: expected a number, as the scheduler has taken steps",
+        dict(num_inference_steps=None, scheduler=used("PNDM")),
+    ),
+    (ValueError, "timesteps: expected either timesteps or num_inference_steps, got both", dict(timesteps=[3, 2])),
+    (
+        ValueError,
+        "timesteps: expected None, as UniPCMultistepScheduler takes none",
+        dict(timesteps=[9, 2], num_inference_steps=None, scheduler=of("UniPCMultistep")),
+    ),
+    (
+        ValueError,
+        "timesteps: expected at least one, got none",
+        dict(timesteps=[], num_inference_steps=None, scheduler=of("DPMSolverMultistep")),
+    ),
+    (ValueError, "guidance_scale: expected a finite number, got nan", dict(guidance_scale=float("nan"))),
+    (TypeError, "guidance_scale: expected a number, got 'high'", dict(guidance_scale="high")),
+    (
+        ValueError,
+        "guidance_scale: expected a float or (height, width) = (20, 50), got (50, 20)",
+        dict(guidance_scale=torch.ones(50, 20)),
+    ),
+    (ValueError, "guidance_rescale: expected 0 to 1, got 1.5", dict(guidance_rescale=1.5)),
+    (TypeError, "guidance_rescale: expected a number from 0 to 1, got None", dict(guidance_rescale=None)),
+    (ValueError, "eta: expected 0 to 1, got nan", dict(eta=float("nan"))),
+    (TypeError, "generator: expected a torch.Generator or a list of them, got int", dict(generator=3)),
+    (TypeError, "generator: expected a torch.Generator or a list of them, got str", dict(generator=["a"])),
+    (ValueError, "generator: expected one for each of 1 pictures, got 2", dict(generator=[seeded(), seeded()])),
+    (ValueError, "weight: expected (h, w) or (n, h, w) = (16, 16), got (16, 15)", dict(weight=torch.ones(16, 15))),
+    (ValueError, "weight: expected values >= 0", dict(weight=-torch.ones(16, 16))),
+    (ValueError, "weight: expected values >= 0", dict(weight=torch.full((16, 16), float("nan")))),
+    (ValueError, "weight: expected some weight over every cell", dict(weight=holed())),
+    (TypeError, "weight: expected torch.float32 or torch.float64, got", dict(weight=torch.ones(16, 16).half())),
+    (ValueError, "window_batch_size: expected a positive integer or None, got 0", dict(window_batch_size=0)),
+    (TypeError, "window_batch_size: expected a positive integer or None, got 1.0", dict(window_batch_size=1.0)),
+    (ValueError, "bridging: expected one of", dict(bridging="glue")),
+    (TypeError, "bridging: expected a name or a bridge, got int", dict(bridging=3)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("error, message, wrong", REFUSED, ids=lambda value: value if isinstance(value, str) else "")
+def test_what_is_wrong_is_said_before_any_evaluation(error, message, wrong):
+    def denoise(*args):
+        pytest.fail("the denoiser was called")
+
+    call = dict(denoiser=denoise, latents=LATENTS, plan=WIDE, scheduler=of("DDIM"), num_inference_steps=3) | wrong
+    with pytest.raises(error, match="^" + re.escape(message)):
+        sample(call.pop("denoiser"), call.pop("latents"), call.pop("plan"), call.pop("scheduler"), **call)
