@@ -8,40 +8,14 @@ from __future__ import annotations
 import functools
 import os
 from dataclasses import dataclass, field
-from numbers import Integral
 
 import numpy as np
 import torch
 
+from instantas.checks import flag, integer, pair, positive
+
 WEIGHT_KINDS = ("uniform", "linear", "gaussian", "cosine")
 GAUSSIAN_VARIANCE = 0.01  # of a window of length 1: the value in common use for latent tiles
-
-
-def _positive_int(name: str, value) -> int:
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{name}: expected a positive integer, got {value!r}")
-    if value < 1:
-        raise ValueError(f"{name}: expected a positive integer, got {value}")
-    return int(value)
-
-
-def _pair(name: str, value, kind=_positive_int) -> tuple:
-    values = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
-    if len(values) != 2:
-        raise ValueError(f"{name}: expected one value or a pair (vertical, horizontal), got {value!r}")
-    return tuple(kind(name, v) for v in values)
-
-
-def _bool(name: str, value) -> bool:
-    if not isinstance(value, (bool, np.bool_)):
-        raise TypeError(f"{name}: expected True or False for each axis, got {value!r}")
-    return bool(value)
-
-
-def _int(name: str, value) -> int:
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{name}: expected integers, got {value!r}")
-    return int(value)
 
 
 def _even_origins(name: str, length: int, window: int, wrap: bool, shift: int) -> np.ndarray:
@@ -93,10 +67,10 @@ class WindowPlan:
 
     def __post_init__(self):
         put = functools.partial(object.__setattr__, self)
-        put("height", _positive_int("height", self.height))
-        put("width", _positive_int("width", self.width))
-        put("window", _pair("window", self.window))
-        put("wrap", _pair("wrap", self.wrap, _bool))
+        put("height", positive("height", self.height))
+        put("width", positive("width", self.width))
+        put("window", pair("window", self.window, positive))
+        put("wrap", pair("wrap", self.wrap, flag))
         size = np.array([self.height, self.width])
         if (np.array(self.window) > size).any():
             raise ValueError(f"window: expected at most the canvas ({self.height}, {self.width}), got {self.window}")
@@ -131,8 +105,8 @@ class WindowPlan:
         Args:
             shift: (vertical, horizontal) cells by which the windows move; only along axes that wrap.
         """
-        height, width = _positive_int("height", height), _positive_int("width", width)
-        (h, w), wrap, shift = _pair("window", window), _pair("wrap", wrap, _bool), _pair("shift", shift, _int)
+        height, width = positive("height", height), positive("width", width)
+        (h, w), wrap, shift = pair("window", window, positive), pair("wrap", wrap, flag), pair("shift", shift, integer)
         h, w = min(h, height), min(w, width)
         ys = _even_origins("vertical", height, h, wrap[0], shift[0])
         xs = _even_origins("horizontal", width, w, wrap[1], shift[1])
@@ -145,8 +119,12 @@ class WindowPlan:
         Args:
             stride: (vertical, horizontal) or one integer, at most the window.
         """
-        height, width = _positive_int("height", height), _positive_int("width", width)
-        (h, w), (sy, sx), wrap = _pair("window", window), _pair("stride", stride), _pair("wrap", wrap, _bool)
+        height, width = positive("height", height), positive("width", width)
+        (h, w), (sy, sx), wrap = (
+            pair("window", window, positive),
+            pair("stride", stride, positive),
+            pair("wrap", wrap, flag),
+        )
         h, w = min(h, height), min(w, width)
         ys = _strided_origins(height, h, sy, wrap[0])
         xs = _strided_origins(width, w, sx, wrap[1])

@@ -189,7 +189,7 @@ REFUSED = {
     "window: expected at most the canvas (8, 8), got (9, 8)": lambda: WindowPlan(8, 8, (9, 8), [[0, 0]]),
     "stride: expected a positive integer, got 0": lambda: WindowPlan.strided(8, 8, 4, 0),
     "wrap: expected True or False": lambda: WindowPlan.minimum_coverage(8, 8, wrap=1),
-    "shift: expected integers, got 0.5": lambda: WindowPlan.minimum_coverage(8, 8, 4, wrap=True, shift=0.5),
+    "shift: expected an integer, got 0.5": lambda: WindowPlan.minimum_coverage(8, 8, 4, wrap=True, shift=0.5),
     "shift: expected 0 on the vertical axis": lambda: WindowPlan.minimum_coverage(8, 8, 4, shift=(1, 0)),
     "shift: expected 0 on the horizontal axis": lambda: WindowPlan.minimum_coverage(
         8, 8, 4, wrap=(True, False), shift=(1, 2)

@@ -6,10 +6,8 @@ import contextlib
 import functools
 import inspect
 import json
-import math
 import os
 from collections.abc import Callable, Sequence
-from numbers import Integral, Real
 from pathlib import Path
 
 import torch
@@ -18,6 +16,7 @@ from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 from diffusers.pipelines.stable_diffusion_xl import StableDiffusionXLPipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 
+from instantas.checks import flag, integer, pair, positive, real
 from instantas.pipelines.attention import regional_prompts
 from instantas.pipelines.codec import decode
 from instantas.pipelines.conditions import check_texts, control, embed, is_xl, micro_conditions
@@ -231,7 +230,7 @@ class InstantASPipeline:
         bridging = None if bridging == "default" and method == "multidiffusion" else bridge(bridging)
         num_inference_steps = self._default("num_inference_steps", num_inference_steps, timesteps)
         guidance_scale = self._default("guidance_scale", guidance_scale)
-        _check_guidance(guidance_scale)
+        real("guidance_scale", guidance_scale)
         _check_choices(output_type, callback_on_step_end_tensor_inputs, num_images_per_prompt, region_mode)
         check_texts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
         region_map = self._regions(regions, (height, width), wrap, base_weight, semantic_schedule)
@@ -319,17 +318,12 @@ class InstantASPipeline:
         height, width = (
             side * self.cell if given is None else given for given, side in zip((height, width), self.window)
         )
-        wrap = (wrap, wrap) if isinstance(wrap, bool) else wrap
-        if not isinstance(wrap, (tuple, list)) or len(wrap) != 2 or not all(isinstance(w, bool) for w in wrap):
-            raise TypeError(f"wrap: expected (vertical, horizontal) of True or False, got {wrap!r}")
+        wrap = pair("wrap", wrap, flag)
         for name, side, wraps in zip(("height", "width"), (height, width), wrap):
-            if isinstance(side, bool) or not isinstance(side, Integral):
-                raise TypeError(f"{name}: expected a positive whole number of pixels, got {side!r}")
-            if side < 1:
-                raise ValueError(f"{name}: expected a positive whole number of pixels, got {side}")
+            integer(name, side, 1, expected="a positive whole number of pixels")
             if wraps and (side % self.cell or side < self.canvas(1, 1)[0] * self.cell):
                 raise ValueError(f"{name}: expected a multiple of {self.cell} pixels on an axis that wraps, got {side}")
-        return int(height), int(width), tuple(wrap)
+        return int(height), int(width), wrap
 
     def _default(self, name, value, other=None):
         return self.defaults[name] if value is None and other is None else value
@@ -440,19 +434,11 @@ def _check_pipeline(pipe):
         raise TypeError(f"pipe: expected a UNet of prompts alone, got {config.encoder_hid_dim_type} (unload it first)")
 
 
-def _check_guidance(scale):
-    if isinstance(scale, bool) or not isinstance(scale, Real):
-        raise TypeError(f"guidance_scale: expected a number, got {scale!r}")
-    if not math.isfinite(scale):
-        raise ValueError(f"guidance_scale: expected a finite number, got {scale}")
-
-
 def _check_choices(output_type, tensor_inputs, copies, region_mode):
     if output_type not in OUTPUT_TYPES:
         raise ValueError(f"output_type: expected one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
     if list(tensor_inputs) != ["latents"]:
         raise ValueError(f"callback_on_step_end_tensor_inputs: expected ['latents'], got {tensor_inputs!r}")
-    if isinstance(copies, bool) or not isinstance(copies, Integral) or copies < 1:
-        raise ValueError(f"num_images_per_prompt: expected a positive integer, got {copies!r}")
+    positive("num_images_per_prompt", copies)
     if region_mode not in ("blend", "joint"):
         raise ValueError(f"region_mode: expected 'blend' or 'joint', got {region_mode!r}")

@@ -11,11 +11,12 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from numbers import Integral, Real
+from numbers import Integral
 from pathlib import Path
 
 import torch
 
+from instantas.checks import integer, real
 from instantas.regions.masks import average, box_mask, cut, feather, fit_mask, read_mask
 from instantas.windows import WindowPlan
 
@@ -73,16 +74,12 @@ class Region:
             object.__setattr__(self, "box", _box(self.box))
         else:
             object.__setattr__(self, "mask", read_mask(self.mask))
-        if _real("weight", self.weight) <= 0:
-            raise ValueError(f"weight: expected more than 0, got {self.weight}")
-        if not 0 <= _real("start", self.start) < _real("end", self.end) <= 1:
+        real("weight", self.weight, 0, above=True)
+        if not 0 <= real("start", self.start) < real("end", self.end) <= 1:
             raise ValueError(f"start: expected 0 <= start < end <= 1, got start {self.start} and end {self.end}")
-        if isinstance(self.feather, bool) or not isinstance(self.feather, Integral):
-            raise TypeError(f"feather: expected whole pixels, got {self.feather!r}")
-        if self.feather < 0:
-            raise ValueError(f"feather: expected 0 or more pixels, got {self.feather}")
+        integer("feather", self.feather, 0, expected="whole pixels, 0 or more")
         if self.guidance_scale is not None:
-            _real("guidance_scale", self.guidance_scale)
+            real("guidance_scale", self.guidance_scale)
 
     @classmethod
     def parse(cls, text: str, **settings) -> Region:
@@ -200,9 +197,7 @@ class RegionMap:
 
     def __post_init__(self):
         for name in ("height", "width", "cell"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
-                raise ValueError(f"{name}: expected a positive number of pixels, got {value!r}")
+            integer(name, getattr(self, name), 1, expected="a positive number of pixels")
         check_blend(self.base_weight, self.semantic_schedule)
         least = tuple(-(-side // self.cell) for side in (self.height, self.width))
         cells = least if self.latents is None else tuple(self.latents)
@@ -327,18 +322,9 @@ def region_lists(regions) -> tuple[tuple[Region, ...], ...]:
 
 def check_blend(base_weight, semantic_schedule) -> None:
     """Refuse what `RegionMap` cannot be made with."""
-    if _real("base_weight", base_weight) < 0:
-        raise ValueError(f"base_weight: expected 0 or more, got {base_weight}")
+    real("base_weight", base_weight, 0)
     if semantic_schedule not in SCHEDULES:
         raise ValueError(f"semantic_schedule: expected one of {', '.join(SCHEDULES)}, got {semantic_schedule!r}")
-
-
-def _real(name, value) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name}: expected a number, got {value!r}")
-    if not math.isfinite(value):
-        raise ValueError(f"{name}: expected a finite number, got {value}")
-    return float(value)
 
 
 def _box(box) -> tuple:
@@ -348,7 +334,7 @@ def _box(box) -> tuple:
     if len(sides) != 4:
         raise ValueError(f"box: expected (left, top, right, bottom), got {len(sides)} numbers")
     for side in sides:
-        _real("box", side)
+        real("box", side)
     left, top, right, bottom = sides
     if left >= right or top >= bottom:
         raise ValueError(f"box: expected left < right and top < bottom, got {sides}")

@@ -11,13 +11,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from numbers import Real
 from typing import Protocol
 
 import numpy as np
 import torch
 
 from instantas import ops
+from instantas.checks import real
 from instantas.windows import WindowPlan
 
 WINDOWS, VIEW, PREDICTION = "the windows", "the view", "the prediction"  # no two joined bridges choose the same
@@ -112,7 +112,7 @@ class Shift:
     chooses = WINDOWS
 
     def __post_init__(self):
-        _check_real("share", self.share, 0, 1, above=True)
+        real("share", self.share, 0, 1, above=True)
 
     def step(self, step: int, steps: int, plan: WindowPlan) -> Stage:
         if not _several(plan):
@@ -180,7 +180,7 @@ class Dilated:
     chooses = VIEW
 
     def __post_init__(self):
-        _check_real("until", self.until, 0, 1, above=True)
+        real("until", self.until, 0, 1, above=True)
 
     def step(self, step: int, steps: int, plan: WindowPlan) -> Stage:
         if not _several(plan) or plan.count == 1 or step >= self.until * steps:
@@ -217,8 +217,8 @@ class Moments:
     chooses = PREDICTION
 
     def __post_init__(self):
-        _check_real("strength", self.strength, 0, 1)
-        _check_real("until", self.until, 0, 1, above=True)
+        real("strength", self.strength, 0, 1)
+        real("until", self.until, 0, 1, above=True)
 
     def step(self, step: int, steps: int, plan: WindowPlan) -> Stage:
         pull = self.strength * (1 - step / (self.until * steps))
@@ -263,13 +263,6 @@ class Joined:
         idle = moved.evaluated is not None and not moved.evaluated.any()
         chosen = moved if seen is None or idle else seen
         return replace(chosen, adjust=adjust)
-
-
-def _check_real(name, value, low, high, above=False):
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name}: expected a number, got {value!r}")
-    if not (low < value if above else low <= value) or not value <= high:  # NaN fails both
-        raise ValueError(f"{name}: expected {'more than ' if above else ''}{low} to {high}, got {value}")
 
 
 def _several(plan) -> bool:

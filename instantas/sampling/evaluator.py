@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from numbers import Integral
 
 import torch
+
+from instantas.checks import integer
 
 WINDOW_BATCH_SIZE = 4  # windows in one call when the caller does not say: bounds memory whatever the canvas
 
@@ -28,11 +29,8 @@ class Evaluator:
         if not callable(denoiser):
             raise TypeError(f"denoiser: expected a function, got {type(denoiser).__name__}")
         batch = WINDOW_BATCH_SIZE if batch is None else batch
-        if isinstance(batch, bool) or not isinstance(batch, Integral):
-            raise TypeError(f"window_batch_size: expected a positive integer or None, got {batch!r}")
-        if batch < 1:
-            raise ValueError(f"window_batch_size: expected a positive integer or None, got {batch}")
-        self.denoiser, self.batch = denoiser, int(batch)
+        self.batch = integer("window_batch_size", batch, 1, expected="a positive integer or None")
+        self.denoiser = denoiser
         self.failed, self.warned = 0, False
 
     def __call__(self, windows: torch.Tensor, context) -> tuple[torch.Tensor, torch.Tensor | None]:

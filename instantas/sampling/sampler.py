@@ -9,11 +9,11 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from numbers import Integral, Real
 
 import torch
 
 from instantas import ops
+from instantas.checks import flag, positive, real
 from instantas.sampling.bridging import Bridge, Stage, View, bridge
 from instantas.sampling.evaluator import Evaluator
 from instantas.sampling.graphs import StepGraphs
@@ -228,11 +228,7 @@ def set_timesteps(scheduler, num_inference_steps, timesteps, device) -> None:
             raise ValueError(f"timesteps: expected None, as {type(scheduler).__name__} takes none, got {timesteps}")
         scheduler.set_timesteps(timesteps=list(timesteps), device=device)
     elif num_inference_steps is not None:
-        if isinstance(num_inference_steps, bool) or not isinstance(num_inference_steps, Integral):
-            raise TypeError(f"num_inference_steps: expected a positive integer, got {num_inference_steps!r}")
-        if num_inference_steps < 1:
-            raise ValueError(f"num_inference_steps: expected a positive integer, got {num_inference_steps}")
-        scheduler.set_timesteps(int(num_inference_steps), device=device)
+        scheduler.set_timesteps(positive("num_inference_steps", num_inference_steps), device=device)
     elif getattr(scheduler, "num_inference_steps", None) is None:
         raise ValueError("num_inference_steps: expected a number, as the scheduler has no timesteps set, got None")
     elif getattr(scheduler, "step_index", None) is not None or getattr(scheduler, "counter", 0):
@@ -403,10 +399,7 @@ def _check_run(latents, plan):
 def check_settings(pictures: int, guidance_rescale, eta, generator) -> None:
     """Refuse what `sample` cannot be called with; raises TypeError, ValueError."""
     for name, value in (("guidance_rescale", guidance_rescale), ("eta", eta)):
-        if isinstance(value, bool) or not isinstance(value, Real):
-            raise TypeError(f"{name}: expected a number from 0 to 1, got {value!r}")
-        if not 0 <= value <= 1:
-            raise ValueError(f"{name}: expected 0 to 1, got {value}")
+        real(name, value, 0, 1)
     generators = generator if isinstance(generator, list) else [generator]
     if wrong := [g for g in generators if not (g is None or isinstance(g, torch.Generator))]:
         raise TypeError(f"generator: expected a torch.Generator or a list of them, got {type(wrong[0]).__name__}")
@@ -415,9 +408,7 @@ def check_settings(pictures: int, guidance_rescale, eta, generator) -> None:
 
 
 def _check_graph(cuda_graph, latents, scheduler, recurrence):
-    if not isinstance(cuda_graph, bool):
-        raise TypeError(f"cuda_graph: expected True or False, got {cuda_graph!r}")
-    if cuda_graph and latents.device.type != "cuda":
+    if flag("cuda_graph", cuda_graph) and latents.device.type != "cuda":
         raise ValueError(f"cuda_graph: expected False for latents that are not on a CUDA device, got {latents.device}")
     if cuda_graph and recurrence is None:
         raise ValueError(
