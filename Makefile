@@ -20,8 +20,7 @@ demo: $(STAMP)
 	mkdir -p out
 	$(BIN)/instantas generate "red brick wall" --size 1024x256 --seed 1 -o out/demo.png --force
 
-test: $(STAMP)
-	$(BIN)/ruff check .
+test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -q
 
 # Speeds on this machine, about 12 minutes on two cores; bench/results/report.md holds the tables and plots.
@@ -40,3 +39,4 @@ bench-gpu: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy

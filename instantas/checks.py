@@ -34,11 +34,12 @@ def real(name: str, value: Any, low: float | None = None, high: float | None = N
         span += f" to {high}" if high is not None else ""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: expected a number{'' if high is None else f' from {low} to {high}'}, got {value!r}")
-    inside = (low is None or (value > low if above else value >= low)) and (high is None or value <= high)
-    if not (inside and math.isfinite(value)):  # NaN fails every comparison
-        span = span if high is not None or math.isfinite(value) else "a finite number"
+    number = float(value)
+    inside = (low is None or (number > low if above else number >= low)) and (high is None or number <= high)
+    if not (inside and math.isfinite(number)):  # NaN fails every comparison
+        span = span if high is not None or math.isfinite(number) else "a finite number"
         raise ValueError(f"{name}: expected {span}, got {value}")
-    return float(value)
+    return number
 
 
 def flag(name: str, value: Any) -> bool:

@@ -1,14 +1,15 @@
-"""Pictures of plans. Needs matplotlib (the `plot` extra)."""
+"""Pictures of plans (a `WindowPlan`) and of regions (a `RegionMap`). Needs matplotlib (the `plot` extra)."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 from instantas.files import whole_file
 
 
-def save_figure(figure, path: str | os.PathLike) -> None:
+def save_figure(figure: Any, path: str | os.PathLike) -> None:
     """Write a matplotlib figure whole or not at all; the format follows the ending of the path."""
     ending = Path(path).suffix.lstrip(".")
     if ending not in figure.canvas.get_supported_filetypes():
@@ -17,7 +18,7 @@ def save_figure(figure, path: str | os.PathLike) -> None:
         figure.savefig(part, format=ending, dpi=120, bbox_inches="tight")
 
 
-def _draw_windows(axes, plan) -> None:
+def _draw_windows(axes: Any, plan: Any) -> None:
     from matplotlib.patches import Rectangle
 
     h, w = plan.window
@@ -28,7 +29,7 @@ def _draw_windows(axes, plan) -> None:
                 axes.add_patch(Rectangle((x + dx, y + dy), w, h, fill=False, edgecolor=f"C{i % 10}", linewidth=1.5))
 
 
-def plot_plan(plan, path: str | os.PathLike) -> None:
+def plot_plan(plan: Any, path: str | os.PathLike) -> None:
     """Draw every window of a plan over the number of windows that cover each cell."""
     from matplotlib.figure import Figure
 
@@ -44,7 +45,7 @@ def plot_plan(plan, path: str | os.PathLike) -> None:
     save_figure(figure, path)
 
 
-def plot_regions(regions, plan, path: str | os.PathLike) -> None:
+def plot_regions(regions: Any, plan: Any, path: str | os.PathLike) -> None:
     """Draw a RegionMap's first picture: each prompt's colour by its share of every cell, and the plan's windows."""
     import numpy as np
     from matplotlib import colormaps
@@ -71,6 +72,6 @@ def plot_regions(regions, plan, path: str | os.PathLike) -> None:
     save_figure(figure, path)
 
 
-def _fullest(regions) -> float:
+def _fullest(regions: Any) -> float:
     """The point of the run at which the regions have most to say."""
     return max((step / 100 for step in range(100)), key=lambda progress: sum(map(sum, regions.says(progress))))

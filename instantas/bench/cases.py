@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 
@@ -25,15 +26,15 @@ GUIDANCE = 7.5
 def gather(
     plan: WindowPlan,
     *,
-    channels=4,
-    batch=1,
-    device="cpu",
-    dtype=torch.float32,
-    compiled=False,
+    channels: int = 4,
+    batch: int = 1,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    compiled: bool = False,
     left_out: Iterable[str] = (),
     measure: Callable[..., Comparison] = compare,
-    **options,
-):
+    **options: Any,
+) -> Comparison:
     """ops.gather_windows."""
     device, size = torch.device(device), dtype.itemsize * batch * channels
 
@@ -57,31 +58,31 @@ def gather(
 def scatter(
     plan: WindowPlan,
     *,
-    weight=None,
-    channels=4,
-    batch=1,
-    device="cpu",
-    dtype=torch.float32,
-    compiled=False,
+    weight: str | None = None,
+    channels: int = 4,
+    batch: int = 1,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    compiled: bool = False,
     left_out: Iterable[str] = (),
     measure: Callable[..., Comparison] = compare,
-    **options,
-):
+    **options: Any,
+) -> Comparison:
     """ops.scatter_windows; weight: a kind of overlap weight."""
     device, size = torch.device(device), dtype.itemsize * batch * channels
-    weight = None if weight is None else plan.weight(weight).to(device)
+    overlap = None if weight is None else plan.weight(weight).to(device)
 
     def inputs(generator):
         return (_normal((batch, plan.count, channels, *plan.window), generator, device, dtype),)
 
-    ours, absent = contenders("scatter_windows", lambda x: ops.scatter_windows(x, plan, weight), device, left_out)
-    theirs, missing = rivals.scatter(plan, weight, device, dtype, compiled=compiled)
+    ours, absent = contenders("scatter_windows", lambda x: ops.scatter_windows(x, plan, overlap), device, left_out)
+    theirs, missing = rivals.scatter(plan, overlap, device, dtype, compiled=compiled)
     return measure(
-        f"scatter_windows, {_geometry(plan, batch, channels)}{', weighted' if weight is not None else ''}",
+        f"scatter_windows, {_geometry(plan, batch, channels)}{', weighted' if weight else ''}",
         inputs,
         ours,
-        lambda x: reference.scatter_windows(x, plan, None if weight is None else weight.to(_wide(x))),
-        bytes=size * (plan.height * plan.width + _cells(plan)) + (0 if weight is None else weight.nbytes),
+        lambda x: reference.scatter_windows(x, plan, None if overlap is None else overlap.to(_wide(x))),
+        bytes=size * (plan.height * plan.width + _cells(plan)) + (0 if overlap is None else overlap.nbytes),
         rivals=theirs,
         absent=absent | missing,
         **options,
@@ -91,20 +92,20 @@ def scatter(
 def step(
     plan: WindowPlan,
     *,
-    history=0,
-    weight=None,
-    channels=4,
-    batch=1,
-    device="cpu",
-    dtype=torch.float32,
-    compiled=False,
+    history: int = 0,
+    weight: str | None = None,
+    channels: int = 4,
+    batch: int = 1,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    compiled: bool = False,
     left_out: Iterable[str] = (),
     measure: Callable[..., Comparison] = compare,
-    **options,
-):
+    **options: Any,
+) -> Comparison:
     """ops.guided_step with guidance; history: entries that the scheduler looks back."""
     device, size = torch.device(device), dtype.itemsize * batch * channels
-    weight = None if weight is None else plan.weight(weight).to(device)
+    overlap = None if weight is None else plan.weight(weight).to(device)
     coefficients = COEFFICIENTS[: 2 + history]
     table, keep = (torch.tensor(v, dtype=torch.float64, device=device) for v in (coefficients, KEEP))
 
@@ -114,15 +115,15 @@ def step(
         return tuple(_normal(shape, generator, device, dtype) for shape in shapes)
 
     def run(cond, uncond, sample, kept=None):
-        given = dict(weight=weight, history=kept, keep=keep)
+        given = dict(weight=overlap, history=kept, keep=keep)
         return _newest(*ops.guided_step(cond, uncond, sample, plan, table, GUIDANCE, **given))
 
     def exact(cond, uncond, sample, kept=None):
-        given = dict(weight=None if weight is None else weight.to(_wide(sample)), history=kept, keep=KEEP)
+        given = dict(weight=None if overlap is None else overlap.to(_wide(sample)), history=kept, keep=KEEP)
         return _newest(*reference.guided_step(cond, uncond, sample, plan, coefficients, GUIDANCE, **given))
 
     ours, absent = contenders("guided_step", run, device, left_out)
-    theirs, missing = rivals.step(plan, weight, coefficients, GUIDANCE, KEEP, device, dtype, compiled=compiled)
+    theirs, missing = rivals.step(plan, overlap, coefficients, GUIDANCE, KEEP, device, dtype, compiled=compiled)
     return measure(
         f"guided_step, {_geometry(plan, batch, channels)}, history {history}",
         inputs,
@@ -138,20 +139,20 @@ def step(
 def attention(
     regions: int,
     *,
-    windows=8,
-    queries=4096,
-    heads=5,
-    depth=64,
-    tokens=77,
-    soft=False,
-    mode="blend",
-    device="cpu",
-    dtype=torch.float32,
-    compiled=False,
+    windows: int = 8,
+    queries: int = 4096,
+    heads: int = 5,
+    depth: int = 64,
+    tokens: int = 77,
+    soft: bool = False,
+    mode: str = "blend",
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    compiled: bool = False,
     left_out: Iterable[str] = (),
     measure: Callable[..., Comparison] = compare,
-    **options,
-):
+    **options: Any,
+) -> Comparison:
     """ops.regional_attention; the regions are upright stripes of every window's queries, or overlap everywhere."""
     device = torch.device(device)
     ids, weights = stripes(regions, windows, queries, soft, device)
@@ -177,14 +178,16 @@ def attention(
     )
 
 
-def small(device="cpu", dtype=torch.float32, quick: bool = False) -> list[Callable[..., Comparison]]:
+def small(
+    device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, quick: bool = False
+) -> list[Callable[..., Comparison]]:
     """Every operation once or twice, at sizes that any machine holds; each takes compare's `progress`.
 
     quick: a few laps each, without the reference, which is slow.
     """
     fewest, strided = WindowPlan.minimum_coverage(256, 256), WindowPlan.strided(64, 256)
-    effort = dict(seconds=1, laps=(3, 100), left_out=("reference",)) if quick else dict(seconds=10)
-    options = dict(device=device, dtype=dtype, **effort)
+    effort: dict[str, Any] = dict(seconds=1, laps=(3, 100), left_out=("reference",)) if quick else dict(seconds=10)
+    options = dict(device=device, dtype=dtype) | effort
     return [
         functools.partial(gather, fewest, channels=16, **options),
         functools.partial(scatter, strided, weight="gaussian", channels=16, **options),
@@ -195,7 +198,16 @@ def small(device="cpu", dtype=torch.float32, quick: bool = False) -> list[Callab
     ]
 
 
-def bank_inputs(prompts, windows, queries, heads, depth, tokens, device, dtype):
+def bank_inputs(
+    prompts: int,
+    windows: int,
+    queries: int,
+    heads: int,
+    depth: int,
+    tokens: int,
+    device: torch.device | str,
+    dtype: torch.dtype,
+) -> Callable[[torch.Generator], tuple[torch.Tensor, ...]]:
     """Makes (query, key, value)."""
 
     def inputs(generator):
@@ -207,7 +219,7 @@ def bank_inputs(prompts, windows, queries, heads, depth, tokens, device, dtype):
     return inputs
 
 
-def exact_attention(ids, weights, mode="blend"):
+def exact_attention(ids: torch.Tensor, weights: torch.Tensor, mode: str = "blend") -> Callable[..., torch.Tensor]:
     """The reference, an image at a time: the probabilities of all would not fit."""
 
     def exact(query, key, value):
@@ -218,7 +230,9 @@ def exact_attention(ids, weights, mode="blend"):
     return exact
 
 
-def stripes(regions: int, windows: int, queries: int, soft: bool, device) -> tuple[torch.Tensor, torch.Tensor]:
+def stripes(
+    regions: int, windows: int, queries: int, soft: bool, device: torch.device | str
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(prompt ids (B, R), weights (B, R, N)): each window cut into upright stripes."""
     side = round(queries**0.5)
     column = torch.arange(queries) % (side if side * side == queries else queries)
@@ -230,7 +244,9 @@ def stripes(regions: int, windows: int, queries: int, soft: bool, device) -> tup
     return ids.to(device), weights.expand(windows, regions, queries).contiguous().to(device)
 
 
-def contenders(operation: str, call: Callable, device, left_out: Iterable[str] = ()):
+def contenders(
+    operation: str, call: Callable, device: torch.device, left_out: Iterable[str] = ()
+) -> tuple[dict[str, Callable], dict[str, str]]:
     """({backend: call on it}, {backend: why not}), first the backend that the operation runs on by default."""
     states, runs, absent = ops.backends(), {}, {}
     order = backend.PREFERENCE.get(device.type, {}).get(operation, ())

@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -171,7 +172,7 @@ def compare(
 
 def machine(device: torch.device | str = "cpu") -> dict[str, str | int]:
     """What a result should name: device, versions, date."""
-    facts = {"device": device_name(torch.device(device)), "torch": torch.__version__}
+    facts: dict[str, str | int] = {"device": device_name(torch.device(device)), "torch": torch.__version__}
     for package in ("triton", "diffusers"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             facts[package] = metadata.version(package)
@@ -220,7 +221,7 @@ def _resident(entry):
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith(entry))
 
 
-def keep(path: str | os.PathLike, results: Mapping[str, object], device: torch.device | str = "cpu") -> None:
+def keep(path: str | os.PathLike, results: Mapping[str, Mapping[str, Any]], device: torch.device | str = "cpu") -> None:
     """Write results to a JSON file under their names, each with `machine`; others that the file has stay."""
     path, facts = Path(path), machine(device)
     known = json.loads(path.read_text()) if path.exists() else {}

@@ -6,16 +6,20 @@ sampling starts (masks, cell numbers, sums of weights) is prepared here and cost
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import numpy as np
 import torch
 from torch.nn import functional as F
 
 from instantas.windows import WindowPlan
 
+Forms = tuple[dict[str, Callable[..., Any]], dict[str, str]]
 COMPILED_VIEWS = 16  # a loop over more views takes minutes to compile
 
 
-def gather(plan: WindowPlan, device, *, compiled: bool = False):
+def gather(plan: WindowPlan, device: torch.device, *, compiled: bool = False) -> Forms:
     """canvas -> windows."""
     (h, w), cells = plan.window, _cells(plan, device)
 
@@ -38,7 +42,9 @@ def gather(plan: WindowPlan, device, *, compiled: bool = False):
     return _named(plan, compiled, views, index, unfold, reshape)
 
 
-def scatter(plan: WindowPlan, weight: torch.Tensor | None, device, dtype, *, compiled: bool = False):
+def scatter(
+    plan: WindowPlan, weight: torch.Tensor | None, device: torch.device, dtype: torch.dtype, *, compiled: bool = False
+) -> Forms:
     """windows -> canvas, the weighted mean of the windows over each cell."""
     (h, w), cells = plan.window, _cells(plan, device)
     weight = torch.ones(h, w, device=device) if weight is None else weight
@@ -72,7 +78,17 @@ def scatter(plan: WindowPlan, weight: torch.Tensor | None, device, dtype, *, com
     return _named(plan, compiled, views, index, fold, reshape)
 
 
-def step(plan: WindowPlan, weight, coefficients, guidance: float, keep, device, dtype, *, compiled: bool = False):
+def step(
+    plan: WindowPlan,
+    weight: torch.Tensor | None,
+    coefficients: Sequence[float],
+    guidance: float,
+    keep: Sequence[float],
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    compiled: bool = False,
+) -> Forms:
     """(cond, uncond, sample, history or none) -> (new sample, newest entry): guide, merge, scheduler's update."""
     merges, absent = scatter(plan, weight, device, dtype)
     a, b, *cs = coefficients
@@ -92,8 +108,14 @@ def step(plan: WindowPlan, weight, coefficients, guidance: float, keep, device, 
 
 
 def attention(
-    prompt_ids: torch.Tensor, weights: torch.Tensor, length: int, dtype, *, mode="blend", compiled: bool = False
-):
+    prompt_ids: torch.Tensor,
+    weights: torch.Tensor,
+    length: int,
+    dtype: torch.dtype,
+    *,
+    mode: str = "blend",
+    compiled: bool = False,
+) -> Forms:
     """(query, key, value) -> attention of every query with the prompts of its region."""
     slots, total = weights.shape[1], weights.sum(1)[..., None, None]
     hard = bool(((weights == 0) | (weights == 1)).all() and (weights.sum(1) == 1).all())
@@ -103,7 +125,7 @@ def attention(
         return (t.transpose(1, 2) for t in tensors)
 
     def per_region(query, key, value):
-        out = 0
+        out: Any = 0
         for r in range(slots):
             each = F.scaled_dot_product_attention(*heads_first(query, key[ids[:, r]], value[ids[:, r]]))
             out = out + weights[:, r, :, None, None].to(query.dtype) * each.transpose(1, 2)
@@ -116,7 +138,8 @@ def attention(
     def joined(bank):  # (B, R L, heads, D)
         return bank[ids].flatten(1, 2)
 
-    runs, absent = {}, {}
+    runs: dict[str, Callable[..., Any]] = {}
+    absent: dict[str, str] = {}
     if slots == 1 and hard:
         runs["SDPA"] = plain
     elif mode == "blend":

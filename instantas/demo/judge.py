@@ -7,7 +7,9 @@ and on what the embedded autoencoder makes of them, since everything that the mo
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -85,7 +87,7 @@ def render_crops(per_material: int, seed: int) -> tuple[np.ndarray, list[str]]:
 
 
 @torch.no_grad()
-def reconstruct(autoencoder, crops: np.ndarray, batch: int = 16) -> np.ndarray:
+def reconstruct(autoencoder: Any, crops: np.ndarray, batch: int = 16) -> np.ndarray:
     """The crops after encoding and decoding, uint8."""
     autoencoder = autoencoder.to(memory_format=torch.channels_last)
     decoded = []
@@ -128,7 +130,7 @@ class Judge:
         forest = ExtraTreesClassifier(200, random_state=seed, n_jobs=1)
         return cls(forest.fit(np.stack([features(crop) for crop in crops]), names))
 
-    def classify(self, images) -> list[str]:
+    def classify(self, images: Sequence[np.ndarray] | np.ndarray) -> list[str]:
         """The material that each picture shows most likely.
 
         Args:

@@ -13,11 +13,16 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+
+if TYPE_CHECKING:
+    from instantas.demo.training.materials import Render
+    from instantas.demo.training.stage import Stage
 
 SHARES = {"pictures": 0.02, "autoencoder": 0.30, "latents": 0.03, "diffusion": 0.50, "decoder": 0.15}
 """The parts of the time that go to the stages."""
@@ -50,7 +55,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def draw_pictures(stage, seed: int) -> list:
+def draw_pictures(stage: Stage, seed: int) -> list[Render]:
     """Renders of all materials in turn until the time is over, at least two and at most PICTURES of each."""
     from instantas.demo import MATERIALS
     from instantas.demo.training.materials import render
@@ -62,7 +67,9 @@ def draw_pictures(stage, seed: int) -> list:
     return renders
 
 
-def save_pipeline(folder: Path, autoencoder, text_encoder, unet, tokenizer, vocabulary: Path) -> None:
+def save_pipeline(
+    folder: Path, autoencoder: Any, text_encoder: Any, unet: Any, tokenizer: Any, vocabulary: Path
+) -> None:
     """Write the parts in float16 as a `StableDiffusionPipeline`, with the vocabulary's files and `instantas.json`.
 
     Two settings are put right afterwards: transformers would load the text encoder in float16 if its configuration did
@@ -92,14 +99,20 @@ def save_pipeline(folder: Path, autoencoder, text_encoder, unet, tokenizer, voca
     (folder / "instantas.json").write_text(json.dumps(DEFAULTS, indent=2) + "\n", encoding="utf-8")
 
 
-def _edit_json(path: Path, **changes) -> None:
+def _edit_json(path: Path, **changes: str | None) -> None:
     """Set the entries; None removes one."""
     entries = json.loads(path.read_text(encoding="utf-8")) | changes
     entries = {key: value for key, value in entries.items() if not (key in changes and value is None)}
     path.write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
 
 
-def train(out: str | os.PathLike, minutes: float = 60, threads: int | None = None, seed: int = 0, report=print) -> Path:
+def train(
+    out: str | os.PathLike,
+    minutes: float = 60,
+    threads: int | None = None,
+    seed: int = 0,
+    report: Callable[[str], None] = print,
+) -> Path:
     """Train a model and write it as a folder in diffusers' layout, whole or not at all.
 
     Args:

@@ -4,7 +4,11 @@ Same names and arguments as `instantas.ops`, which checks them; here nothing is 
 float64 for float64 inputs, and the result is rounded once, at the end.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
+from torch import Tensor
 
 
 def _accumulator(tensor):
@@ -20,12 +24,12 @@ def _cells(plan):
         yield rows[:, None], columns
 
 
-def gather_windows(canvas, plan):
+def gather_windows(canvas: Tensor, plan: Any) -> Tensor:
     """windows[b, i] = canvas[b, :, y_i : y_i + h, x_i : x_i + w], modulo the size on wrapping axes."""
     return torch.stack([canvas[:, :, rows, columns] for rows, columns in _cells(plan)], dim=1)
 
 
-def scatter_windows(windows, plan, weight=None, normalize=True):
+def scatter_windows(windows: Tensor, plan: Any, weight: Tensor | None = None, normalize: bool = True) -> Tensor:
     """canvas[p] = sum_i w_i(p) windows_i(p) / sum_i w_i(p) over the windows that cover p.
 
     `normalize=False` leaves the division out: the adjoint of `gather_windows`, up to the weight.
@@ -42,8 +46,17 @@ def scatter_windows(windows, plan, weight=None, normalize=True):
 
 
 def guided_step(
-    cond, uncond, sample, plan, coefficients, guidance_scale, *, weight=None, history=None, keep=(0.0, 1.0)
-):
+    cond: Tensor,
+    uncond: Tensor | None,
+    sample: Tensor,
+    plan: Any,
+    coefficients: Sequence[float] | Tensor,
+    guidance_scale: float | Tensor,
+    *,
+    weight: Tensor | None = None,
+    history: Tensor | None = None,
+    keep: Sequence[float] | Tensor = (0.0, 1.0),
+) -> tuple[Tensor, Tensor | None]:
     """m = scatter(u + g (c - u)); x' = a x + b m + sum_j c_j h_j; the history takes d x + e m in front."""
     dtype = _accumulator(sample)
     a, b, *cs = (torch.as_tensor(c, dtype=dtype, device=sample.device) for c in coefficients)
@@ -53,14 +66,24 @@ def guided_step(
         unguided = scatter_windows(uncond.to(dtype), plan, weight)
         g = torch.as_tensor(guidance_scale, dtype=dtype, device=sample.device)
         merged = unguided + g * (merged - unguided)
-    new_sample = a * x + b * merged + sum(c * h.to(dtype) for c, h in zip(cs, history if cs else ()))
-    if not cs:
+    new_sample = a * x + b * merged
+    if history is None or not cs:
         return new_sample.to(sample.dtype), None
+    new_sample = new_sample + sum(c * h.to(dtype) for c, h in zip(cs, history))
     newest = (d * x + e * merged).to(sample.dtype)
     return new_sample.to(sample.dtype), torch.cat([newest[None], history[:-1]])
 
 
-def regional_attention(query, key, value, prompt_ids, weights, *, mode="blend", scale=None):
+def regional_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prompt_ids: Tensor,
+    weights: Tensor,
+    *,
+    mode: str = "blend",
+    scale: float | None = None,
+) -> Tensor:
     """Each query attends to the prompts of its region.
 
     blend: out = sum_r w_r softmax(q K_r^T scale) V_r / sum_r w_r.
@@ -74,7 +97,17 @@ def regional_attention(query, key, value, prompt_ids, weights, *, mode="blend", 
     return out.to(query.dtype)
 
 
-def regional_attention_backward(grad, query, key, value, prompt_ids, weights, *, mode="blend", scale=None):
+def regional_attention_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prompt_ids: Tensor,
+    weights: Tensor,
+    *,
+    mode: str = "blend",
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients with respect to query, key and value: dS = P (dP - the mean of dP under each softmax)."""
     ids = _bank_rows(prompt_ids, key)
     if not query.numel() or ids is None:
@@ -89,9 +122,11 @@ def regional_attention_backward(grad, query, key, value, prompt_ids, weights, *,
         mean = (p * dp).sum((-2, -1), keepdim=True)
     ds = p * (dp - mean) * scale
     dq = torch.einsum("bhnrl,brlhd->bnhd", ds, k)
-    dk, dv = (torch.einsum("bhnrl,bnhd->brlhd", a, b) for a, b in ((ds, q), (p, g)))
-    banks = (torch.zeros_like(key, dtype=p.dtype).index_put_((ids,), rows, accumulate=True) for rows in (dk, dv))
-    return tuple(t.to(query.dtype) for t in (dq, *banks))
+    dk, dv = (
+        torch.zeros_like(key, dtype=p.dtype).index_put_((ids,), rows, accumulate=True)
+        for rows in (torch.einsum("bhnrl,bnhd->brlhd", a, b) for a, b in ((ds, q), (p, g)))
+    )
+    return dq.to(query.dtype), dk.to(query.dtype), dv.to(query.dtype)
 
 
 def _bank_rows(prompt_ids, key):

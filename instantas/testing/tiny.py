@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import json
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import (
@@ -46,7 +48,7 @@ def tokenizer() -> CLIPTokenizer:
         return CLIPTokenizer.from_pretrained(folder, model_max_length=16)
 
 
-def text_encoder(width: int = 32, projected: bool = False):
+def text_encoder(width: int = 32, projected: bool = False) -> CLIPTextModel | CLIPTextModelWithProjection:
     """A CLIP text encoder of two layers."""
     vocabulary = tokenizer()
     config = CLIPTextConfig(
@@ -65,7 +67,7 @@ def text_encoder(width: int = 32, projected: bool = False):
     return (CLIPTextModelWithProjection if projected else CLIPTextModel)(config).eval()
 
 
-def unet(cross_attention_dim: int = 32, **config) -> UNet2DConditionModel:
+def unet(cross_attention_dim: int = 32, **config: Any) -> UNet2DConditionModel:
     """A UNet of two levels, cross-attention at 16x16 and 8x8."""
     torch.manual_seed(2)
     return UNet2DConditionModel(
@@ -83,7 +85,7 @@ def unet(cross_attention_dim: int = 32, **config) -> UNet2DConditionModel:
     ).eval()
 
 
-def autoencoder(tiny: bool = False):
+def autoencoder(tiny: bool = False) -> AutoencoderKL | AutoencoderTiny:
     """AutoencoderKL of 8 pixels a cell, with attention in its middle as the real ones have; or an AutoencoderTiny."""
     torch.manual_seed(3)
     if tiny:
@@ -98,21 +100,24 @@ def autoencoder(tiny: bool = False):
     ).eval()
 
 
-def scheduler(prediction_type: str = "epsilon", kind=DDIMScheduler, **config):
+def scheduler(prediction_type: str = "epsilon", kind: type = DDIMScheduler, **config: Any) -> Any:
     """A scheduler on Stable Diffusion's noise schedule."""
     if kind is DDIMScheduler:
         config = dict(set_alpha_to_one=False) | config
-    if "clip_sample" in kind.__init__.__annotations__:
+    if "clip_sample" in inspect.signature(kind).parameters:
         config = dict(clip_sample=False) | config
-    if "steps_offset" in kind.__init__.__annotations__:
+    if "steps_offset" in inspect.signature(kind).parameters:
         config = dict(steps_offset=1) | config
     noise = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", num_train_timesteps=1000)
     return kind(**noise, prediction_type=prediction_type, **config)
 
 
 def tiny_pipeline(
-    prediction_type: str = "epsilon", cross_attention_dim: int = 32, kind=StableDiffusionPipeline, **components
-):
+    prediction_type: str = "epsilon",
+    cross_attention_dim: int = 32,
+    kind: type = StableDiffusionPipeline,
+    **components: Any,
+) -> Any:
     """A Stable Diffusion pipeline of random weights, always the same; native 128x128 px. Components can be replaced."""
     components = {
         "vae": autoencoder(),
@@ -129,7 +134,7 @@ def tiny_pipeline(
     return pipe
 
 
-def tiny_xl_pipeline(prediction_type: str = "epsilon"):
+def tiny_xl_pipeline(prediction_type: str = "epsilon") -> StableDiffusionXLPipeline:
     """The same, shaped like SDXL: two text encoders, pooled embeddings and six time ids."""
     pipe = StableDiffusionXLPipeline(
         vae=autoencoder(),

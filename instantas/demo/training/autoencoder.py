@@ -6,6 +6,9 @@ decoded in tiles.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -23,7 +26,7 @@ CONTEXT = 16
 BATCH = 16
 
 
-def make_autoencoder():
+def make_autoencoder() -> Any:
     """An untrained `AutoencoderTiny` of the embedded model's shape, 0.8 M parameters."""
     from diffusers import AutoencoderTiny
 
@@ -97,7 +100,7 @@ def random_crops(rng: np.random.Generator, images: np.ndarray, side: int, mixed:
     return batch.contiguous(memory_format=torch.channels_last)
 
 
-def train_autoencoder(autoencoder, images: np.ndarray, stage: Stage, rng: np.random.Generator) -> None:
+def train_autoencoder(autoencoder: Any, images: np.ndarray, stage: Stage, rng: np.random.Generator) -> None:
     """Train encoder and decoder in place; the discriminator joins after 30 % of the time.
 
     The latents are kept near mean 0 and standard deviation 1, and get noise before they are decoded, so that the
@@ -116,7 +119,7 @@ def train_autoencoder(autoencoder, images: np.ndarray, stage: Stage, rng: np.ran
     game.average.copy_to_parameters()
 
 
-def train_decoder(autoencoder, images: np.ndarray, stage: Stage, rng: np.random.Generator) -> None:
+def train_decoder(autoencoder: Any, images: np.ndarray, stage: Stage, rng: np.random.Generator) -> None:
     """Train the decoder alone, in place, on crops whose surroundings the encoder sees; the latents do not change."""
     game = _Game(autoencoder.decoder.parameters(), learning_rate=5e-4)
     cell = CONTEXT // 8
@@ -134,15 +137,24 @@ def train_decoder(autoencoder, images: np.ndarray, stage: Stage, rng: np.random.
 class _Game:
     """One step of the painter, then one of the discriminator (hinge loss), and the painter's moving average."""
 
-    def __init__(self, parameters, learning_rate: float):
+    def __init__(self, parameters: Iterable[nn.Parameter], learning_rate: float):
         self.parameters = list(parameters)
         self.learning_rate = learning_rate
-        self.discriminator = Discriminator().to(memory_format=torch.channels_last)
+        self.discriminator = Discriminator()
+        self.discriminator.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.painter_step = torch.optim.AdamW(self.parameters, lr=learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
         self.critic_step = torch.optim.AdamW(self.discriminator.parameters(), lr=4e-4, betas=(0.5, 0.95))
         self.average = MovingAverage(self.parameters, decay=0.995)
 
-    def step(self, stage, done, output, target, extra_loss, adversarial_weight) -> None:
+    def step(
+        self,
+        stage: Stage,
+        done: float,
+        output: torch.Tensor,
+        target: torch.Tensor,
+        extra_loss: torch.Tensor,
+        adversarial_weight: float,
+    ) -> None:
         """Lower `output`'s distance to `target`; a weight of 0 or less leaves the discriminator out."""
         set_learning_rate(self.painter_step, self.learning_rate, stage.step, done)
         error = F.l1_loss(output, target)
@@ -152,7 +164,7 @@ class _Game:
                 scores, features = self.discriminator(output)
                 with torch.no_grad():
                     wanted = self.discriminator(target)[1]
-            matching = sum(F.l1_loss(a.float(), b.float()) for a, b in zip(features, wanted)) / len(wanted)
+            matching = torch.stack([F.l1_loss(a.float(), b.float()) for a, b in zip(features, wanted)]).mean()
             loss = loss + adversarial_weight * (3 * matching - scores.float().mean())
         self.painter_step.zero_grad()
         loss.backward()

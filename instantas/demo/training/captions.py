@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import string
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -81,6 +82,6 @@ def words() -> list[str]:
     return sorted(set(bare.split()))
 
 
-def _fill(rng: np.random.Generator, templates, *phrases: str) -> str:
+def _fill(rng: np.random.Generator, templates: Sequence[tuple[float, str]], *phrases: str) -> str:
     probabilities, texts = zip(*templates)
     return str(rng.choice(texts, p=probabilities)).format(*phrases)

@@ -7,6 +7,7 @@ Diffusion's noise schedule, with some captions dropped for classifier-free guida
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,7 +38,7 @@ SCHEDULER = {
 """The configuration of diffusers' `DDIMScheduler`."""
 
 
-def make_unet():
+def make_unet() -> Any:
     """An untrained `UNet2DConditionModel` of the embedded model's shape, 2.8 M parameters."""
     from diffusers import UNet2DConditionModel
 
@@ -53,7 +54,7 @@ def make_unet():
     )
 
 
-def make_text_encoder(tokenizer):
+def make_text_encoder(tokenizer: Any) -> Any:
     """An untrained `CLIPTextModel` of two layers for the tokenizer's vocabulary."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -75,7 +76,14 @@ def make_text_encoder(tokenizer):
 class MatmulAttention:
     """Attention of two matrix products, for training: on the CPU the fused attention's backward pass is slower."""
 
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None):
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        temb: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
 
         def heads(projected: torch.Tensor) -> torch.Tensor:
@@ -122,7 +130,7 @@ def add_noise(latents: torch.Tensor, alphas_cumprod: torch.Tensor) -> tuple[torc
 
 
 def train_diffusion(
-    unet, text_encoder, tokenizer, data: TrainingLatents, stage: Stage, rng: np.random.Generator
+    unet: Any, text_encoder: Any, tokenizer: Any, data: TrainingLatents, stage: Stage, rng: np.random.Generator
 ) -> None:
     """Train the UNet and the text encoder in place; they end as the moving averages of their weights."""
     from diffusers import DDIMScheduler

@@ -6,6 +6,7 @@ Fields are float arrays (SIZE, SIZE), pictures float arrays (SIZE, SIZE, 3) of 0
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -15,6 +16,8 @@ try:
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(f"{error.name} is missing: pip install 'instantas[train]'", name=error.name) from error
 
+Colour = Sequence[float] | np.ndarray  # red, green, blue, 0..255
+Colours = Sequence[Colour]
 SIZE = 320
 """Side of a drawing in pixels: two and a half native windows."""
 
@@ -58,19 +61,19 @@ def smoothstep(values: np.ndarray, low: float, high: float) -> np.ndarray:
     return t * t * (3 - 2 * t)
 
 
-def colour_ramp(values: np.ndarray, colours) -> np.ndarray:
+def colour_ramp(values: np.ndarray, colours: Colours) -> np.ndarray:
     """The picture that paints 0 in the first colour, 1 in the last and mixes neighbours between."""
     stops = np.linspace(0, 1, len(colours))
     channels = np.asarray(colours, np.float32).T
     return np.stack([np.interp(np.clip(values, 0, 1), stops, channel) for channel in channels], -1).astype(np.float32)
 
 
-def plain(colour) -> np.ndarray:
+def plain(colour: Colour) -> np.ndarray:
     """A picture of one colour."""
     return np.full((SIZE, SIZE, 3), colour, np.float32)
 
 
-def vary(rng: np.random.Generator, colour, amount: float = 10) -> np.ndarray:
+def vary(rng: np.random.Generator, colour: Colour, amount: float = 10) -> np.ndarray:
     """The colour with each channel moved by up to `amount`."""
     return np.asarray(colour, np.float32) + rng.uniform(-amount, amount, 3).astype(np.float32)
 
@@ -85,7 +88,7 @@ def stretch_contrast(gray: np.ndarray) -> np.ndarray:
     return np.clip((gray - low) / (high - low), 0, 1).astype(np.float32)
 
 
-def rectify(gray: np.ndarray, outline) -> np.ndarray:
+def rectify(gray: np.ndarray, outline: Sequence[tuple[float, float]]) -> np.ndarray:
     """The part of a photograph inside a quadrangle, drawn as a square of the photograph's size.
 
     The projective map from the square to the quadrangle has eight unknowns; its four corners give eight equations.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -57,7 +57,7 @@ class TrainingLatents(NamedTuple):
 
 
 @torch.no_grad()
-def encode(autoencoder, images: np.ndarray) -> torch.Tensor:
+def encode(autoencoder: Any, images: np.ndarray) -> torch.Tensor:
     """uint8 (n, size, size, 3) to unscaled latents (n, 4, size/8 - 2 RIM, size/8 - 2 RIM)."""
     pictures = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
     with torch.autocast("cpu", torch.bfloat16):
@@ -86,7 +86,7 @@ def composite(rng: np.random.Generator, first: np.ndarray, second: np.ndarray) -
 
 
 def make_latents(
-    autoencoder, tokenizer, renders: list[Render], stage: Stage, rng: np.random.Generator, batch: int = 8
+    autoencoder: Any, tokenizer: Any, renders: list[Render], stage: Stage, rng: np.random.Generator, batch: int = 8
 ) -> TrainingLatents:
     """Encode pictures and composites of them until the stage's time is over, at most four composites per picture."""
 
@@ -95,7 +95,9 @@ def make_latents(
         return ids.input_ids.view(-1, each, MAX_LENGTH)
 
     images = np.stack([render.image for render in renders])
-    single, joint, pairs = [], [], []
+    single: list[torch.Tensor] = []
+    joint: list[torch.Tensor] = []
+    pairs: list[tuple[int, int]] = []
     stage.most = -(-4 * len(images) // batch)
     for _ in stage:
         part = images[stage.step * batch : (stage.step + 1) * batch]
@@ -105,19 +107,19 @@ def make_latents(
         chosen = [_two_materials(rng, renders) for _ in range(batch)]
         joint.append(encode(autoencoder, np.stack([composite(rng, images[a], images[b]) for a, b in chosen])).half())
         pairs += chosen
-    single, joint = torch.cat(single), torch.cat(joint)
-    scale = 1 / single.float().std().item()
-    encoded = renders[: len(single)]
+    pictures, composites = torch.cat(single), torch.cat(joint)
+    scale = 1 / pictures.float().std().item()
+    encoded = renders[: len(pictures)]
     captions = [caption(rng, render.material, render.look) for render in encoded for _ in range(CAPTIONS)]
     joint_captions = [
         joint_caption(rng, renders[a][1:], renders[b][1:]) for a, b in pairs for _ in range(JOINT_CAPTIONS)
     ]
     weights = np.array([EMPHASIS.get(r.material, 1.0) * EMPHASIS.get(r.look.kind, 1.0) for r in encoded])
     return TrainingLatents(
-        single * scale,
+        pictures * scale,
         tokens(captions, CAPTIONS),
         weights / weights.sum(),
-        joint * scale,
+        composites * scale,
         tokens(joint_captions, JOINT_CAPTIONS),
         scale,
     )

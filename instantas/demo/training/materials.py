@@ -19,6 +19,7 @@ from scipy import ndimage
 from instantas.demo import MATERIALS
 from instantas.demo.training.drawing import (
     SIZE,
+    Colours,
     add_stars,
     colour_ramp,
     coordinates,
@@ -140,7 +141,7 @@ def wood(rng: np.random.Generator, look: Look) -> np.ndarray:
     return picture
 
 
-def _plank(rng: np.random.Generator, colours) -> np.ndarray:
+def _plank(rng: np.random.Generator, colours: Colours) -> np.ndarray:
     """A picture of endless grain: a sine of the height, bent by noise that is long along the plank."""
     bend = fractal_noise(rng, 3, stretch=(1, 9), octaves=(1, 6))
     fibres = fractal_noise(rng, 1.2, stretch=(1, 14), octaves=(3, 9))
@@ -160,7 +161,7 @@ def lava(rng: np.random.Generator, look: Look) -> np.ndarray:
 def marble(rng: np.random.Generator, look: Look) -> np.ndarray:
     """Three families of veins: zero lines of bent waves, strong in some places and faint in others."""
     y, x = coordinates()
-    veins = np.zeros((SIZE, SIZE), np.float32)
+    veins: np.ndarray = np.zeros((SIZE, SIZE), np.float32)
     for _ in range(3):
         angle = rng.uniform(0, np.pi)
         bend = 1.5 * fractal_noise(rng, 4, octaves=(0, 6)) + 0.1 * fractal_noise(rng, 2.6, octaves=(4, 7))
@@ -179,7 +180,7 @@ def leaves(rng: np.random.Generator, look: Look, count: int = 230) -> np.ndarray
     for i in range(count):
         brightness = (0.42 + 0.62 * (i / count) ** 0.8) * rng.uniform(0.88, 1.12)
         _draw_leaf(rng, draw, brightness * np.array(look.colours[rng.integers(len(look.colours))]))
-    picture = np.asarray(canvas.resize((SIZE, SIZE), Image.LANCZOS), np.float32)
+    picture = np.asarray(canvas.resize((SIZE, SIZE), Image.Resampling.LANCZOS), np.float32)
     return ndimage.gaussian_filter(picture, (0.5, 0.5, 0))
 
 

@@ -21,7 +21,8 @@ class Stage:
 
     def __init__(self, name: str, seconds: float, report: Callable[[str], None]):
         self.name, self.seconds, self.report = name, seconds, report
-        self.step, self.averages = -1, {}
+        self.step = -1
+        self.averages: dict[str, float] = {}
         self.most: int | None = None
 
     def __iter__(self) -> Iterator[float]:

@@ -9,8 +9,12 @@ from __future__ import annotations
 import json
 from collections import Counter
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from instantas.demo.training.captions import words
+
+if TYPE_CHECKING:
+    from transformers import CLIPTokenizer
 
 MAX_LENGTH = 32
 """Tokens of a prompt, its start and end included."""
@@ -53,14 +57,14 @@ def write_vocabulary(folder: Path) -> None:
     merges = learn_merges(words())
     alphabet = byte_alphabet()
     tokens = alphabet + [character + "</w>" for character in alphabet]
-    tokens = dict.fromkeys(tokens + [left + right for left, right in merges] + [START, END])
+    distinct = dict.fromkeys(tokens + [left + right for left, right in merges] + [START, END])
     lines = ["#version: 0.2", *(f"{left} {right}" for left, right in merges)]
-    vocabulary = {token: i for i, token in enumerate(tokens)}
+    vocabulary = {token: i for i, token in enumerate(distinct)}
     (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
     (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def make_tokenizer(folder: Path):
+def make_tokenizer(folder: Path) -> CLIPTokenizer:
     """transformers' `CLIPTokenizer` of the captions' words, its vocabulary files left in `folder`."""
     from transformers import CLIPTokenizer
 
