@@ -50,17 +50,9 @@ def test_the_package_says_that_it_is_typed():
 
 @pytest.mark.skipif(importlib.util.find_spec("mypy") is None, reason="mypy is not installed")
 def test_a_program_outside_of_the_package_passes_the_type_checker(tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "mypy",
-        "--strict",
-        "--cache-dir",
-        str(ROOT / ".mypy_cache"),
-        "--config-file",
-        os.devnull,
-    ]
-    program = Path(__file__).with_name("typed") / "program.py"
+    settings = ["--strict", "--follow-imports", "silent", "--config-file", os.devnull]
+    command = [sys.executable, "-m", "mypy", *settings, "--cache-dir", str(ROOT / ".mypy_cache")]
+    program = Path(__file__).with_name("typed_program.py")
     path = os.environ | {"MYPYPATH": str(ROOT)}  # an editable install is a hook, which a type checker does not run
     done = subprocess.run([*command, str(program)], cwd=tmp_path, env=path, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
