@@ -12,29 +12,45 @@ namespace {
 
 constexpr double LOG2_E = 1.4426950408889634;
 
-template <class T>
-Attention<T> describe(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& prompt_ids,
-                      const Tensor& weights, const Tensor& out, bool joint, double scale) {
-  bool aligned = query.size(3) % 8 == 0;
-  for (const Tensor& tensor : {query, key, value, out})
-    aligned = aligned && reinterpret_cast<uintptr_t>(tensor.data_ptr()) % 16 == 0;
-  return {data<T>(query),
-          data<T>(key),
-          data<T>(value),
-          mutable_data<T>(out),
-          data<int32_t>(prompt_ids),
-          data<float>(weights),
-          static_cast<int>(query.size(1)),
-          static_cast<int>(query.size(2)),
-          static_cast<int>(query.size(3)),
-          static_cast<int>(key.size(0)),
-          static_cast<int>(key.size(1)),
-          static_cast<int>(prompt_ids.size(1)),
-          static_cast<float>(scale),
-          static_cast<float>(scale * LOG2_E),
-          joint,
-          aligned};
-}
+// What both passes make of their arguments: inputs that are contiguous.
+struct AttentionCall {
+  Tensor query, key, value, prompt_ids, weights;
+  bool joint;
+  double scale;
+
+  AttentionCall(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& prompt_ids,
+                const Tensor& weights, bool joint, double scale)
+      : query(packed(query)),
+        key(packed(key)),
+        value(packed(value)),
+        prompt_ids(packed(prompt_ids)),
+        weights(*packed_arithmetic(weights, query)),
+        joint(joint),
+        scale(scale) {}
+
+  template <class T>
+  Attention<T> attention(const Tensor& out) const {
+    bool aligned = query.size(3) % 8 == 0;
+    for (const Tensor& tensor : {query, key, value, out})
+      aligned = aligned && reinterpret_cast<uintptr_t>(tensor.data_ptr()) % 16 == 0;
+    return {data<T>(query),
+            data<T>(key),
+            data<T>(value),
+            mutable_data<T>(out),
+            data<int32_t>(prompt_ids),
+            data<float>(weights),
+            static_cast<int>(query.size(1)),
+            static_cast<int>(query.size(2)),
+            static_cast<int>(query.size(3)),
+            static_cast<int>(key.size(0)),
+            static_cast<int>(key.size(1)),
+            static_cast<int>(prompt_ids.size(1)),
+            static_cast<float>(scale),
+            static_cast<float>(scale * LOG2_E),
+            joint,
+            aligned};
+  }
+};
 
 int64_t tiles_of(const Tensor& query, int rows) {
   return query.size(0) * query.size(2) * ((query.size(1) + rows - 1) / rows);
@@ -42,13 +58,13 @@ int64_t tiles_of(const Tensor& query, int rows) {
 
 template <class T, int DEPTH>
 void run(const Attention<T>& attention, const Tensor& query, const Stream& stream) {
-  constexpr int ROWS = Tile<DEPTH>::ROWS;
-  check(launch(attention_kernel<T, DEPTH>, tiles_of(query, ROWS), Tile<DEPTH>::WARPS * WARP,
-               Tile<DEPTH>::MATRICES + Present<ROWS>::size(attention.slots), stream, attention));
+  using Shape = MmaShape<DEPTH>;
+  check(launch(attention_kernel<T, DEPTH>, tiles_of(query, Shape::ROWS), Shape::WARPS * WARP,
+               Shape::MATRICES + ActiveRows<Shape::ROWS>::size(attention.slots), stream, attention));
 }
 
 void forward(const Attention<float>& attention, const Tensor& query, const Stream& stream) {
-  const int shared = fma_shared(FMA_ROWS, attention.depth) + Present<FMA_ROWS>::size(attention.slots);
+  const int shared = fma_shared(FMA_ROWS, attention.depth) + ActiveRows<FMA_ROWS>::size(attention.slots);
   check(launch(attention_fma_kernel, tiles_of(query, FMA_ROWS), FMA_THREADS, shared, stream, attention));
 }
 
@@ -69,13 +85,12 @@ void forward(const Attention<T>& attention, const Tensor& query, const Stream& s
 Tensor regional_attention(Tensor query, Tensor key, Tensor value, Tensor prompt_ids, Tensor weights, bool joint,
                           double scale) {
   const Stream stream(query);
-  query = packed(query), key = packed(key), value = packed(value), prompt_ids = packed(prompt_ids);
-  weights = *packed_arithmetic(weights, query);
+  const AttentionCall call(query, key, value, prompt_ids, weights, joint, scale);
   Tensor out = torch::stable::new_empty(query, query.sizes());
   if (query.numel() == 0) return out;
   with_device_element(query, [&](auto element) {
     using T = decltype(element);
-    forward(describe<T>(query, key, value, prompt_ids, weights, out, joint, scale), query, stream);
+    forward(call.attention<T>(out), query, stream);
   });
   return out;
 }
@@ -83,31 +98,32 @@ Tensor regional_attention(Tensor query, Tensor key, Tensor value, Tensor prompt_
 std::tuple<Tensor, Tensor, Tensor> regional_attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value,
                                                                Tensor prompt_ids, Tensor weights, bool joint,
                                                                double scale) {
-  constexpr int64_t QUERIES_OF_PART = 2048, MOST_PARTS = 32, THREADS = 256;
+  constexpr int64_t QUERIES_OF_SPLIT = 2048, MOST_SPLITS = 32, THREADS = 256;
   const Stream stream(query);
-  grad = packed(grad), query = packed(query), key = packed(key), value = packed(value), prompt_ids = packed(prompt_ids);
-  weights = *packed_arithmetic(weights, query);
+  grad = packed(grad);
+  const AttentionCall call(query, key, value, prompt_ids, weights, joint, scale);
   const int64_t images = query.size(0), queries = query.size(1), heads = query.size(2), slots = prompt_ids.size(1);
   const int64_t prompts = key.size(0), tokens = key.size(1), bank = key.numel();
-  const int64_t parts = std::min(MOST_PARTS, (images * queries + QUERIES_OF_PART - 1) / QUERIES_OF_PART);
+  const int64_t splits = std::min(MOST_SPLITS, (images * queries + QUERIES_OF_SPLIT - 1) / QUERIES_OF_SPLIT);
   Tensor grad_query = torch::stable::new_zeros(query, query.sizes());
   Tensor grad_key = torch::stable::new_zeros(key, key.sizes());
   Tensor grad_value = torch::stable::new_zeros(value, value.sizes());
   if (query.numel() == 0 || bank == 0) return {grad_query, grad_key, grad_value};
   Tensor statistics = torch::stable::new_empty(query, {images, slots, heads, queries, 3}, ScalarType::Float);
-  Tensor partial = torch::stable::new_empty(query, {parts, 2, prompts, tokens, heads, query.size(3)}, ScalarType::Float);
+  Tensor partial =
+      torch::stable::new_empty(query, {splits, 2, prompts, tokens, heads, query.size(3)}, ScalarType::Float);
   with_device_element(query, [&](auto element) {
     using T = decltype(element);
-    const auto attention = describe<T>(query, key, value, prompt_ids, weights, grad_query, joint, scale);
+    const auto attention = call.attention<T>(grad_query);
     const Backward<T> backward{data<T>(grad), mutable_data<RowStatistics>(statistics), mutable_data<float>(partial),
-                               static_cast<int>(images), static_cast<int>(parts)};
-    check(launch(grad_query_kernel<T>, tiles_of(query, FMA_ROWS), FMA_THREADS,
-                 fma_shared(2 * FMA_ROWS, attention.depth) + Present<FMA_ROWS>::size(attention.slots), stream, attention,
+                               static_cast<int>(images), static_cast<int>(splits)};
+    const int shared = fma_shared(2 * FMA_ROWS, attention.depth) + ActiveRows<FMA_ROWS>::size(attention.slots);
+    const int64_t bank_blocks = prompts * heads * ((tokens + FMA_TOKENS - 1) / FMA_TOKENS) * splits;
+    check(launch(grad_query_kernel<T>, tiles_of(query, FMA_ROWS), FMA_THREADS, shared, stream, attention, backward));
+    check(launch(grad_key_value_kernel<T>, bank_blocks, BANK_THREADS, bank_shared(attention.depth), stream, attention,
                  backward));
-    check(launch(grad_bank_kernel<T>, prompts * heads * ((tokens + FMA_TOKENS - 1) / FMA_TOKENS) * parts, BANK_THREADS,
-                 bank_shared(attention.depth), stream, attention, backward));
-    check(launch(sum_parts_kernel<T>, (2 * bank + THREADS - 1) / THREADS, THREADS, 0, stream,
-                 data<float>(partial), mutable_data<T>(grad_key), mutable_data<T>(grad_value), bank, parts));
+    check(launch(sum_splits_kernel<T>, (2 * bank + THREADS - 1) / THREADS, THREADS, 0, stream,
+                 data<float>(partial), mutable_data<T>(grad_key), mutable_data<T>(grad_value), bank, splits));
   });
   return {grad_query, grad_key, grad_value};
 }

@@ -6,13 +6,13 @@
 // measured.
 #pragma once
 
-#include "regions.cuh"
+#include "attention_tiles.cuh"
 
 namespace instantas {
 
-// DEPTH: the head size, padded to a multiple of 16.
+// What a block computes with mma.m16n8k16. DEPTH: the head size, padded to a multiple of 16.
 template <int DEPTH>
-struct Tile {
+struct MmaShape {
   static constexpr int WARPS = DEPTH <= 64 ? 8 : 4;
   static constexpr int ROWS = 16 * WARPS;
   static constexpr int BLOCKS = DEPTH <= 64 ? 2 : DEPTH <= 128 ? 3 : 2;  // that share a multiprocessor's registers
@@ -21,8 +21,9 @@ struct Tile {
   static constexpr int MATRICES = (ROWS + 2 * TOKENS) * PITCH * 2;  // bytes
 };
 
+// Two numbers as the 16-bit elements of a word.
 template <class T>
-__device__ __forceinline__ unsigned join(float low, float high) {
+__device__ __forceinline__ unsigned pack_pair(float low, float high) {
   const T pair[2] = {narrow<T>(low), narrow<T>(high)};
   unsigned word;
   memcpy(&word, pair, sizeof word);
@@ -55,9 +56,9 @@ __device__ __forceinline__ void find_logits(float (&logits)[2 * PAIRS][4], const
   constexpr int PITCH = DEPTH + 8;
   const int lane = threadIdx.x % WARP;
 #pragma unroll
-  for (int tile = 0; tile < 2 * PAIRS; ++tile)
+  for (int fragment = 0; fragment < 2 * PAIRS; ++fragment)
 #pragma unroll
-    for (int i = 0; i < 4; ++i) logits[tile][i] = 0.0f;
+    for (int i = 0; i < 4; ++i) logits[fragment][i] = 0.0f;
 #pragma unroll
   for (int d = 0; d < DEPTH; d += 16) {
     unsigned a[4];
@@ -72,11 +73,11 @@ __device__ __forceinline__ void find_logits(float (&logits)[2 * PAIRS][4], const
     }
   }
 #pragma unroll
-  for (int tile = 0; tile < 2 * PAIRS; ++tile)
+  for (int fragment = 0; fragment < 2 * PAIRS; ++fragment)
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int token = tile * 8 + lane % 4 * 2 + i % 2;
-      logits[tile][i] = token < count ? logits[tile][i] * scale : -INFINITY;
+      const int token = fragment * 8 + lane % 4 * 2 + i % 2;
+      logits[fragment][i] = token < count ? logits[fragment][i] * scale : -INFINITY;
     }
 }
 
@@ -93,8 +94,8 @@ __device__ __forceinline__ void add_values(float (&result)[DEPTH / 8][4], const 
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const float first = probabilities[2 * pair + i / 2][i % 2 * 2], second = probabilities[2 * pair + i / 2][i % 2 * 2 + 1];
-      high[i] = join<T>(first, second);
-      low[i] = join<T>(first - widen(narrow<T>(first)), second - widen(narrow<T>(second)));
+      high[i] = pack_pair<T>(first, second);
+      low[i] = pack_pair<T>(first - widen(narrow<T>(first)), second - widen(narrow<T>(second)));
     }
 #pragma unroll
     for (int d = 0; d < DEPTH; d += 16) {
@@ -108,21 +109,22 @@ __device__ __forceinline__ void add_values(float (&result)[DEPTH / 8][4], const 
   }
 }
 
-// The running softmax of rows g and g + 8, known to the 4 lanes that share them: the largest logit so far, and the sum of
-// the exponentials relative to it.
+// The running softmax of rows g and g + 8, held by the 4 lanes that share them: the largest logit so far, and the sum
+// of the exponentials relative to it.
 struct Softmax {
   float largest[2] = {-INFINITY, -INFINITY};
   float sum[2] = {0.0f, 0.0f};
 
   // Takes in logits + bias: the factors of what was summed before.
-  template <int TILES>
-  __device__ __forceinline__ void raise(const float (&logits)[TILES][4], const float (&bias)[2], float (&factor)[2]) {
+  template <int FRAGMENTS>
+  __device__ __forceinline__ void raise(const float (&logits)[FRAGMENTS][4], const float (&bias)[2],
+                                        float (&factor)[2]) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float value = -INFINITY;
 #pragma unroll
-      for (int tile = 0; tile < TILES; ++tile)
-        value = fmaxf(value, fmaxf(logits[tile][2 * half], logits[tile][2 * half + 1]));
+      for (int fragment = 0; fragment < FRAGMENTS; ++fragment)
+        value = fmaxf(value, fmaxf(logits[fragment][2 * half], logits[fragment][2 * half + 1]));
       value = fmaxf(value, shuffle_xor(value, 1));
       value = fmaxf(value, shuffle_xor(value, 2));
       const float raised = fmaxf(largest[half], value + bias[half]);
@@ -133,18 +135,18 @@ struct Softmax {
   }
 
   // logits -> exponentials, which go into the sum if `summing`.
-  template <int TILES>
-  __device__ __forceinline__ void exponentiate(float (&logits)[TILES][4], const float (&bias)[2], bool summing) {
+  template <int FRAGMENTS>
+  __device__ __forceinline__ void exponentiate(float (&logits)[FRAGMENTS][4], const float (&bias)[2], bool summing) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const float offset = bias[half] - (largest[half] == -INFINITY ? 0.0f : largest[half]);
       float value = 0.0f;
 #pragma unroll
-      for (int tile = 0; tile < TILES; ++tile)
+      for (int fragment = 0; fragment < FRAGMENTS; ++fragment)
 #pragma unroll
         for (int i = 2 * half; i < 2 * half + 2; ++i) {
-          logits[tile][i] = power_of_two(logits[tile][i] + offset);
-          value += logits[tile][i];
+          logits[fragment][i] = power_of_two(logits[fragment][i] + offset);
+          value += logits[fragment][i];
         }
       value += shuffle_xor(value, 1);
       value += shuffle_xor(value, 2);
@@ -154,37 +156,38 @@ struct Softmax {
 };
 
 template <class T, int DEPTH>
-__global__ void __launch_bounds__(Tile<DEPTH>::WARPS* WARP, Tile<DEPTH>::BLOCKS)
+__global__ void __launch_bounds__(MmaShape<DEPTH>::WARPS* WARP, MmaShape<DEPTH>::BLOCKS)
     attention_kernel(Attention<T> attention) {
-  constexpr int ROWS = Tile<DEPTH>::ROWS, TOKENS = Tile<DEPTH>::TOKENS, PITCH = Tile<DEPTH>::PITCH, PAIRS = TOKENS / 16;
+  using Shape = MmaShape<DEPTH>;
+  constexpr int ROWS = Shape::ROWS, TOKENS = Shape::TOKENS, PITCH = Shape::PITCH, PAIRS = TOKENS / 16;
   T* const queries = reinterpret_cast<T*>(shared_memory());
   T* const keys = queries + ROWS * PITCH;
   T* const values = keys + TOKENS * PITCH;
-  Present<ROWS> present(shared_memory() + Tile<DEPTH>::MATRICES);
+  ActiveRows<ROWS> active(shared_memory() + Shape::MATRICES);
 
   const int tiles = (attention.queries + ROWS - 1) / ROWS;
   const int head = blockIdx.x % attention.heads, first = blockIdx.x / attention.heads % tiles * ROWS;
   const int64_t image = blockIdx.x / attention.heads / tiles;
   const int64_t stride = int64_t{attention.heads} * attention.depth;
-  const int lane = threadIdx.x % WARP, own = threadIdx.x / WARP * 16;  // the warp's first row
-  T* const own_queries = queries + own * PITCH;
+  const int lane = threadIdx.x % WARP, warp_row = threadIdx.x / WARP * 16;  // the warp's first row
+  T* const warp_queries = queries + warp_row * PITCH;
 
   stage<ROWS, DEPTH>(queries, attention.query + attention.query_offset(image, first, head), attention.queries - first,
                      stride, attention.depth, attention.aligned);
-  present.find(attention, image, first);
+  active.find(attention, image, first);
   sync_block();
 
   float result[DEPTH / 8][4] = {};
   Softmax softmax;  // jointly of all prompts, else of the present one
   for (int slot = 0; slot < attention.slots; ++slot) {
-    if (!present.anywhere(slot)) continue;
+    if (!active.anywhere(slot)) continue;
     const int prompt = attention.prompt(image, slot);
-    const bool concerned = present.template among<16>(slot, own);
+    const bool warp_active = active.template among<16>(slot, warp_row);
     float share[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int row = own + lane / 4 + 8 * half;
-      share[half] = attention.weight(image, slot, first + row) / present.norm(row);
+      const int row = warp_row + lane / 4 + 8 * half;
+      share[half] = attention.weight(image, slot, first + row) / active.norm(row);
     }
     if (!attention.joint) softmax = Softmax();
 
@@ -204,8 +207,8 @@ __global__ void __launch_bounds__(Tile<DEPTH>::WARPS* WARP, Tile<DEPTH>::BLOCKS)
         wait_for_copies<1>();
         sync_block();
         float logits[2 * PAIRS][4];
-        if (concerned) {
-          find_logits<DEPTH, PAIRS>(logits, own_queries, keys, count, attention.scale2);
+        if (warp_active) {
+          find_logits<DEPTH, PAIRS>(logits, warp_queries, keys, count, attention.scale_base2);
           // jointly the share is a term of the exponent, so that no term exceeds 1
           const float bias[2] = {attention.joint ? log2f(share[0]) : 0.0f, attention.joint ? log2f(share[1]) : 0.0f};
           if (summing) {
@@ -221,14 +224,14 @@ __global__ void __launch_bounds__(Tile<DEPTH>::WARPS* WARP, Tile<DEPTH>::BLOCKS)
           softmax.exponentiate(logits, bias, summing);
           if (!attention.joint && pass == 1) {
 #pragma unroll
-            for (int tile = 0; tile < 2 * PAIRS; ++tile)
+            for (int fragment = 0; fragment < 2 * PAIRS; ++fragment)
 #pragma unroll
-              for (int i = 0; i < 4; ++i) logits[tile][i] *= share[i / 2] / softmax.sum[i / 2];
+              for (int i = 0; i < 4; ++i) logits[fragment][i] *= share[i / 2] / softmax.sum[i / 2];
           }
         }
         wait_for_copies<0>();
         sync_block();
-        if (concerned && pass == 1) add_values<DEPTH, PAIRS>(result, logits, values, count);
+        if (warp_active && pass == 1) add_values<DEPTH, PAIRS>(result, logits, values, count);
       }
     }
   }
@@ -239,26 +242,26 @@ __global__ void __launch_bounds__(Tile<DEPTH>::WARPS* WARP, Tile<DEPTH>::BLOCKS)
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const float divisor = attention.joint && softmax.sum[half] > 0.0f ? softmax.sum[half] : 1.0f;
-    T* row = own_queries + (lane / 4 + 8 * half) * PITCH + lane % 4 * 2;
+    T* row = warp_queries + (lane / 4 + 8 * half) * PITCH + lane % 4 * 2;
 #pragma unroll
     for (int d = 0; d < DEPTH / 8; ++d) {
-      const unsigned word = join<T>(result[d][2 * half] / divisor, result[d][2 * half + 1] / divisor);
+      const unsigned word = pack_pair<T>(result[d][2 * half] / divisor, result[d][2 * half + 1] / divisor);
       memcpy(row + d * 8, &word, sizeof word);
     }
   }
   sync_warp();
-  T* const out = attention.out + attention.query_offset(image, first + own, head);
-  const int count = attention.queries - first - own;
+  T* const out = attention.out + attention.query_offset(image, first + warp_row, head);
+  const int count = attention.queries - first - warp_row;
   if (attention.aligned) {
     for (int i = lane; i < 16 * (DEPTH / 8); i += WARP) {
       const int row = i / (DEPTH / 8), d = i % (DEPTH / 8) * 8;
       if (row < count && d < attention.depth)
-        store<8>(out + row * stride + d, load<8>(own_queries + row * PITCH + d));
+        store<8>(out + row * stride + d, load<8>(warp_queries + row * PITCH + d));
     }
   } else {
     for (int i = lane; i < 16 * DEPTH; i += WARP) {
       const int row = i / DEPTH, d = i % DEPTH;
-      if (row < count && d < attention.depth) out[row * stride + d] = own_queries[row * PITCH + d];
+      if (row < count && d < attention.depth) out[row * stride + d] = warp_queries[row * PITCH + d];
     }
   }
 }

@@ -4,14 +4,14 @@
 // A warp owns a few queries, a lane one of 32 staged tokens; for products with values a lane owns every 32nd element.
 #pragma once
 
-#include "regions.cuh"
+#include "attention_tiles.cuh"
 
 namespace instantas {
 
 constexpr int FMA_WARPS = 4;
 constexpr int FMA_THREADS = FMA_WARPS * WARP;
 constexpr int FMA_DEPTH = 256;               // the largest head size
-constexpr int FMA_PARTS = FMA_DEPTH / WARP;  // elements of a row in one lane
+constexpr int FMA_CHUNKS = FMA_DEPTH / WARP;  // of a row, with an element in every lane
 constexpr int FMA_TOKENS = WARP;             // staged at a time
 constexpr int FMA_TERMS = 8;                 // of a dot product, near the square root of the usual lengths
 
@@ -51,11 +51,11 @@ __device__ __forceinline__ void find_dots(float (&dots)[ROWS], const float* rows
 
 // sums[r] += the lanes' factors[r] times their rows at `tokens`, a few of which are added up by themselves first.
 template <int ROWS>
-__device__ __forceinline__ void add_rows(float (&sums)[ROWS][FMA_PARTS], const float (&factors)[ROWS],
+__device__ __forceinline__ void add_rows(float (&sums)[ROWS][FMA_CHUNKS], const float (&factors)[ROWS],
                                          const float* tokens, int count, int pitch, int depth) {
   const int lane = threadIdx.x % WARP;
   for (int start = 0; start < FMA_TOKENS && start < count; start += FMA_TERMS) {
-    float staged[ROWS][FMA_PARTS] = {};
+    float staged[ROWS][FMA_CHUNKS] = {};
 #pragma unroll
     for (int i = 0; i < FMA_TERMS; ++i) {
       if (start + i >= count) break;
@@ -63,18 +63,18 @@ __device__ __forceinline__ void add_rows(float (&sums)[ROWS][FMA_PARTS], const f
 #pragma unroll
       for (int r = 0; r < ROWS; ++r) factor[r] = shuffle(factors[r], start + i);
 #pragma unroll
-      for (int part = 0; part < FMA_PARTS; ++part) {
-        const int d = part * WARP + lane;
+      for (int chunk = 0; chunk < FMA_CHUNKS; ++chunk) {
+        const int d = chunk * WARP + lane;
         if (d >= depth) break;
         const float element = tokens[(start + i) * pitch + d];
 #pragma unroll
-        for (int r = 0; r < ROWS; ++r) staged[r][part] = fmaf(factor[r], element, staged[r][part]);
+        for (int r = 0; r < ROWS; ++r) staged[r][chunk] = fmaf(factor[r], element, staged[r][chunk]);
       }
     }
 #pragma unroll
     for (int r = 0; r < ROWS; ++r)
 #pragma unroll
-      for (int part = 0; part < FMA_PARTS; ++part) sums[r][part] += staged[r][part];
+      for (int chunk = 0; chunk < FMA_CHUNKS; ++chunk) sums[r][chunk] += staged[r][chunk];
   }
 }
 
@@ -117,7 +117,7 @@ struct FmaTile {
   static constexpr int ROWS = FMA_WARPS * ROWS_OF_WARP;
   const Attention<T>& attention;
   float *queries, *keys, *values;
-  int pitch, head, first, own;
+  int pitch, head, first, warp_row;  // the tile's first query, the warp's first row in the tile
   int64_t image, stride;
 
   __device__ __forceinline__ FmaTile(const Attention<T>& given, float* shared)
@@ -127,7 +127,7 @@ struct FmaTile {
     head = blockIdx.x % given.heads;
     first = blockIdx.x / given.heads % tiles * ROWS;
     image = blockIdx.x / given.heads / tiles;
-    own = threadIdx.x / WARP * ROWS_OF_WARP;
+    warp_row = threadIdx.x / WARP * ROWS_OF_WARP;
     stride = int64_t{given.heads} * given.depth;
     stage_floats(queries, ROWS, given.depth, given.query + given.query_offset(image, first, head),
                  given.queries - first, stride, given.depth);
@@ -146,7 +146,7 @@ struct FmaTile {
 
   // Of the warp's rows with the lane's token.
   __device__ __forceinline__ void find_key_dots(float (&dots)[ROWS_OF_WARP]) const {
-    find_dots(dots, queries + own * attention.depth, keys + threadIdx.x % WARP * pitch, attention.depth);
+    find_dots(dots, queries + warp_row * attention.depth, keys + threadIdx.x % WARP * pitch, attention.depth);
   }
 
   // Whether the lane's token is one, and the row has a share in its prompt.
@@ -158,19 +158,19 @@ struct FmaTile {
   __device__ __forceinline__ void find_shares(float (&share)[ROWS_OF_WARP], const Norms& norms, int slot) const {
 #pragma unroll
     for (int r = 0; r < ROWS_OF_WARP; ++r)
-      share[r] = attention.weight(image, slot, first + own + r) / norms.norm(own + r);
+      share[r] = attention.weight(image, slot, first + warp_row + r) / norms.norm(warp_row + r);
   }
 
   // result[row of the warp][every 32nd element] into the rows of `out`.
-  __device__ __forceinline__ void store_rows(T* out, const float (&result)[ROWS_OF_WARP][FMA_PARTS]) const {
+  __device__ __forceinline__ void store_rows(T* out, const float (&result)[ROWS_OF_WARP][FMA_CHUNKS]) const {
     const int lane = threadIdx.x % WARP;
 #pragma unroll
     for (int r = 0; r < ROWS_OF_WARP; ++r) {
-      if (first + own + r >= attention.queries) break;
-      T* row = out + attention.query_offset(image, first + own + r, head);
+      if (first + warp_row + r >= attention.queries) break;
+      T* row = out + attention.query_offset(image, first + warp_row + r, head);
 #pragma unroll
-      for (int part = 0; part < FMA_PARTS; ++part)
-        if (part * WARP + lane < attention.depth) row[part * WARP + lane] = narrow<T>(result[r][part]);
+      for (int chunk = 0; chunk < FMA_CHUNKS; ++chunk)
+        if (chunk * WARP + lane < attention.depth) row[chunk * WARP + lane] = narrow<T>(result[r][chunk]);
     }
   }
 };
@@ -183,39 +183,39 @@ inline int fma_shared(int rows, int depth) { return (rows * depth + 2 * FMA_TOKE
 __global__ void __launch_bounds__(FMA_THREADS) attention_fma_kernel(Attention<float> attention) {
   constexpr int ROWS = FMA_ROWS_OF_WARP;
   const FmaTile<float, ROWS> tile(attention, reinterpret_cast<float*>(shared_memory()));
-  Present<FMA_ROWS> present(reinterpret_cast<char*>(tile.end()));
-  present.find(attention, tile.image, tile.first);
+  ActiveRows<FMA_ROWS> active(reinterpret_cast<char*>(tile.end()));
+  active.find(attention, tile.image, tile.first);
   sync_block();
 
-  float result[ROWS][FMA_PARTS] = {}, mixed[ROWS][FMA_PARTS] = {};
+  float result[ROWS][FMA_CHUNKS] = {}, mixed[ROWS][FMA_CHUNKS] = {};
   RunningSoftmax softmax[ROWS];
   for (int slot = 0; slot < attention.slots; ++slot) {
-    if (!present.anywhere(slot)) continue;
-    const bool concerned = present.template among<ROWS>(slot, tile.own);
+    if (!active.anywhere(slot)) continue;
+    const bool warp_active = active.template among<ROWS>(slot, tile.warp_row);
     float share[ROWS];
-    tile.find_shares(share, present, slot);
+    tile.find_shares(share, active, slot);
     for (int start = 0; start < attention.tokens; start += FMA_TOKENS) {
       tile.stage_tokens(attention.prompt(tile.image, slot), start);
-      if (!concerned) continue;
+      if (!warp_active) continue;
       float terms[ROWS];
       tile.find_key_dots(terms);
 #pragma unroll
       for (int r = 0; r < ROWS; ++r) {
         float factor;
         const float weight = attention.joint ? share[r] : 1.0f;
-        terms[r] = softmax[r].add(terms[r], tile.counts(start, share[r]), attention.scale2, weight, factor);
+        terms[r] = softmax[r].add(terms[r], tile.counts(start, share[r]), attention.scale_base2, weight, factor);
 #pragma unroll
-        for (int part = 0; part < FMA_PARTS; ++part) mixed[r][part] *= factor;
+        for (int chunk = 0; chunk < FMA_CHUNKS; ++chunk) mixed[r][chunk] *= factor;
       }
       add_rows(mixed, terms, tile.values, attention.tokens - start, tile.pitch, attention.depth);
     }
-    if (attention.joint || !concerned) continue;
+    if (attention.joint || !warp_active) continue;
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
 #pragma unroll
-      for (int part = 0; part < FMA_PARTS; ++part) {
-        if (share[r] > 0.0f) result[r][part] += mixed[r][part] * (share[r] / softmax[r].sum);
-        mixed[r][part] = 0.0f;
+      for (int chunk = 0; chunk < FMA_CHUNKS; ++chunk) {
+        if (share[r] > 0.0f) result[r][chunk] += mixed[r][chunk] * (share[r] / softmax[r].sum);
+        mixed[r][chunk] = 0.0f;
       }
       softmax[r] = RunningSoftmax();
     }
@@ -224,8 +224,8 @@ __global__ void __launch_bounds__(FMA_THREADS) attention_fma_kernel(Attention<fl
 #pragma unroll
     for (int r = 0; r < ROWS; ++r)
 #pragma unroll
-      for (int part = 0; part < FMA_PARTS; ++part)
-        result[r][part] = softmax[r].sum == 0.0f ? 0.0f : mixed[r][part] / softmax[r].sum;
+      for (int chunk = 0; chunk < FMA_CHUNKS; ++chunk)
+        result[r][chunk] = softmax[r].sum == 0.0f ? 0.0f : mixed[r][chunk] / softmax[r].sum;
   }
   tile.store_rows(attention.out, result);
 }

@@ -15,15 +15,16 @@ struct Overlap {
   }
 };
 
-struct Tile {
+// One of the tiles for which a plan lists the covering windows.
+struct CanvasTile {
   Span y, x;
   const int32_t* first;
   const int32_t* last;  // the covering windows
 
-  // Whether all its cells have the same single window: their mean is what that window says.
-  bool alone() const { return last - first == 1; }
+  // Whether all its cells have the same single window: their mean is that window's value.
+  bool has_one_window() const { return last - first == 1; }
 
-  Tile(const Plan& plan, int64_t tile) {
+  CanvasTile(const Plan& plan, int64_t tile) {
     const int top = static_cast<int>(tile / plan.tiles_x()) * plan.tile_y;
     const int left = static_cast<int>(tile % plan.tiles_x()) * plan.tile_x;
     y = {top, top + plan.tile_y < plan.height ? top + plan.tile_y : plan.height};
@@ -35,7 +36,7 @@ struct Tile {
 
 // run(window, i, j, cell, count): `count` cells of the tile, from its cell number `cell`, are the window's (i, j...).
 template <class Run>
-void for_each_run(const Plan& plan, const Tile& tile, const Run& run) {
+void for_each_run(const Plan& plan, const CanvasTile& tile, const Run& run) {
   for (const int32_t* window = tile.first; window != tile.last; ++window) {
     const int y0 = plan.origins[2 * *window], x0 = plan.origins[2 * *window + 1];
     for (int turn_y = 0; turn_y < 2; ++turn_y) {
@@ -45,7 +46,8 @@ void for_each_run(const Plan& plan, const Tile& tile, const Run& run) {
         const Span x = covered(tile.x, x0, plan.w, plan.width, turn_x);
         for (int row = y.begin; row < y.end && x.begin < x.end; ++row) {
           const int cell = (row - tile.y.begin) * plan.tile_x + x.begin - tile.x.begin;
-          run(*window, place(row, y0, plan.height), place(x.begin, x0, plan.width), cell, x.end - x.begin);
+          const int i = place_in_window(row, y0, plan.height), j = place_in_window(x.begin, x0, plan.width);
+          run(*window, i, j, cell, x.end - x.begin);
         }
       }
     }
@@ -62,7 +64,7 @@ void add_weighted(A* total, const A* weight, const T* values, int count) {
 
 // norm = the sum of the overlap weights over each cell of the tile.
 template <class A>
-void sum_weights(const Plan& plan, const Tile& tile, const Overlap<A>& overlap, A* norm) {
+void sum_weights(const Plan& plan, const CanvasTile& tile, const Overlap<A>& overlap, A* norm) {
   for_each_run(plan, tile, [&](int window, int i, int j, int cell, int count) {
     const A* weight = overlap.row(plan, window, i, j);
     for (int x = 0; x < count; ++x) norm[cell + x] += weight ? weight[x] : A(1);
@@ -71,7 +73,7 @@ void sum_weights(const Plan& plan, const Tile& tile, const Overlap<A>& overlap, 
 
 // total = the weighted sum of the windows over each cell of the tile, for one image and channel.
 template <class T, class A>
-void sum_windows(const Plan& plan, const Tile& tile, const Overlap<A>& overlap, const T* windows, int64_t image,
+void sum_windows(const Plan& plan, const CanvasTile& tile, const Overlap<A>& overlap, const T* windows, int64_t image,
                  int channel, A* total) {
   for_each_run(plan, tile, [&](int window, int i, int j, int cell, int count) {
     add_weighted(total + cell, overlap.row(plan, window, i, j),

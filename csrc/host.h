@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "plan.cuh"
+#include "step_update.cuh"
 
 namespace instantas {
 
@@ -70,6 +71,74 @@ void with_device_element(const Tensor& tensor, const Run& run) {
 inline int64_t weight_stride(const OptionalTensor& weight) {
   return weight && weight->dim() == 3 ? weight->size(1) * weight->size(2) : 0;
 }
+
+// What host and device make of an operation's arguments: inputs that are contiguous, and the results to be filled.
+struct GatherCall {
+  Tensor canvas;
+  Plan plan;
+  Tensor windows;
+
+  GatherCall(const Tensor& canvas, const Plan& plan)
+      : canvas(packed(canvas)),
+        plan(plan),
+        windows(torch::stable::new_empty(canvas, {canvas.size(0), plan.windows, plan.channels, plan.h, plan.w})) {}
+
+  int64_t planes() const { return canvas.size(0) * plan.windows * plan.channels; }
+};
+
+struct ScatterCall {
+  Tensor windows;
+  OptionalTensor weight;
+  Plan plan;
+  Tensor canvas;
+
+  ScatterCall(const Tensor& windows, const OptionalTensor& weight, const Plan& plan)
+      : windows(packed(windows)),
+        weight(packed_arithmetic(weight, windows)),
+        plan(plan),
+        canvas(torch::stable::new_empty(windows, {windows.size(0), plan.channels, plan.height, plan.width})) {}
+};
+
+struct StepCall {
+  Tensor cond, sample, history, coefficients, keep;
+  OptionalTensor uncond, weight, guidance_map;
+  double guidance_scale;
+  Tensor new_sample, new_history;
+
+  StepCall(const Tensor& cond, const OptionalTensor& uncond, const Tensor& sample, const OptionalTensor& weight,
+           const Tensor& history, const Tensor& coefficients, const Tensor& keep, double guidance_scale,
+           const OptionalTensor& guidance_map)
+      : cond(packed(cond)),
+        sample(packed(sample)),
+        history(packed(history)),
+        coefficients(packed(coefficients)),
+        keep(packed(keep)),
+        uncond(uncond ? OptionalTensor(packed(*uncond)) : std::nullopt),
+        weight(packed_arithmetic(weight, sample)),
+        guidance_map(packed_arithmetic(guidance_map, sample)),
+        guidance_scale(guidance_scale),
+        new_sample(torch::stable::new_empty(sample, sample.sizes())),
+        new_history(torch::stable::new_empty(history, history.sizes())) {}
+
+  std::tuple<Tensor, Tensor> results() const { return {new_sample, new_history}; }
+
+  template <class T>
+  Step<T> step() const {
+    using A = arithmetic_t<T>;
+    return {data<T>(cond),
+            data<T>(uncond),
+            data<T>(sample),
+            data<T>(history),
+            mutable_data<T>(new_sample),
+            mutable_data<T>(new_history),
+            data<A>(weight),
+            data<A>(guidance_map),
+            weight_stride(weight),
+            sample.numel(),
+            static_cast<A>(guidance_scale),
+            {data<double>(coefficients), data<double>(keep), static_cast<int>(history.size(0))}};
+  }
+};
 
 Tensor gather_windows(Tensor canvas, Tensor origins, Tensor cover_start, Tensor cover_index, Geometry geometry);
 Tensor scatter_windows(Tensor windows, OptionalTensor weight, Tensor origins, Tensor cover_start, Tensor cover_index,

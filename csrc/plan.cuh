@@ -28,12 +28,12 @@ struct Plan {
 
 // The place in a window of a canvas position on one axis, which is covered if this is less than the window's length.
 // On an axis that wraps the window may lie on both ends; on any other the position is never moved into the window.
-INSTANTAS_INLINE int place(int position, int origin, int length) {
+INSTANTAS_INLINE int place_in_window(int position, int origin, int length) {
   return position < origin ? position - origin + length : position - origin;
 }
 
 // The canvas position of a place in a window.
-INSTANTAS_INLINE int position(int place, int origin, int length) {
+INSTANTAS_INLINE int position_on_canvas(int place, int origin, int length) {
   return origin + place < length ? origin + place : origin + place - length;
 }
 

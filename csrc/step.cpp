@@ -3,25 +3,12 @@
 
 #include "cover.h"
 #include "host.h"
-#include "update.cuh"
 
 namespace instantas {
 
 namespace {
 
 constexpr int64_t GRAIN = 1 << 14;  // cells that are worth a thread
-
-template <class T>
-struct Step {
-  using A = arithmetic_t<T>;
-  const T *cond, *uncond, *sample, *history;
-  T *new_sample, *new_history;
-  const A* guidance_map;
-  A guidance;
-  Overlap<A> overlap;
-  Update update;
-  int64_t entry;  // elements of one history entry
-};
 
 template <class A>
 void divide(A* sums, const A* norm, int count) {
@@ -41,7 +28,7 @@ void advance(const Step<T>& step, int64_t offset, const A* guidance, const A* no
       for (int x = 0; x < count; ++x) merged[x] = guided(merged[x], unguided[x], scale);
   }
   const T* sample = step.sample + offset;
-  const double* numbers = step.update.coefficients;
+  const double* coefficients = step.update.coefficients;
   const int k = step.update.history;
   if (k > 0) {
     const A d = static_cast<A>(step.update.keep[0]), e = static_cast<A>(step.update.keep[1]);
@@ -51,12 +38,12 @@ void advance(const Step<T>& step, int64_t offset, const A* guidance, const A* no
   A* history = unguided;  // which is spent
   std::fill_n(history, count, A(0));
   for (int j = 0; j < k; ++j) {
-    const A c = static_cast<A>(numbers[2 + j]);
-    const T* past = step.history + j * step.entry + offset;
+    const A c = static_cast<A>(coefficients[2 + j]);
+    const T* past = step.history + j * step.history_stride + offset;
     for (int x = 0; x < count; ++x) history[x] += c * widen(past[x]);
-    if (j + 1 < k) std::copy_n(past, count, step.new_history + (j + 1) * step.entry + offset);
+    if (j + 1 < k) std::copy_n(past, count, step.new_history + (j + 1) * step.history_stride + offset);
   }
-  const A a = static_cast<A>(numbers[0]), b = static_cast<A>(numbers[1]);
+  const A a = static_cast<A>(coefficients[0]), b = static_cast<A>(coefficients[1]);
   T* out = step.new_sample + offset;
   for (int x = 0; x < count; ++x) out[x] = narrow<T>(combined(a, A(widen(sample[x])), b, merged[x]) + history[x]);
 }
@@ -69,10 +56,11 @@ void run(const Step<T>& step, const Plan& plan, int64_t images) {
     std::vector<A> norm(area), merged(area), unguided(area);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t image = task / tiles;
-      const Tile tile(plan, task % tiles);
-      const Overlap<A> overlap = tile.alone() ? Overlap<A>{nullptr, 0} : step.overlap;
+      const CanvasTile tile(plan, task % tiles);
+      const bool one_window = tile.has_one_window();
+      const Overlap<A> overlap = one_window ? Overlap<A>{nullptr, 0} : Overlap<A>{step.weight, step.weight_stride};
       std::fill(norm.begin(), norm.end(), A(0));
-      if (!tile.alone()) sum_weights(plan, tile, overlap, norm.data());
+      if (!one_window) sum_weights(plan, tile, overlap, norm.data());
       for (int channel = 0; channel < plan.channels; ++channel) {
         std::fill(merged.begin(), merged.end(), A(0));
         sum_windows(plan, tile, overlap, step.cond, image, channel, merged.data());
@@ -84,8 +72,8 @@ void run(const Step<T>& step, const Plan& plan, int64_t images) {
           const int64_t row = int64_t{y - tile.y.begin} * plan.tile_x;
           const A* guidance = step.guidance_map ? step.guidance_map + int64_t{y} * plan.width + tile.x.begin : nullptr;
           advance<T>(step, plan.canvas_offset(image, channel, y, tile.x.begin), guidance,
-                     tile.alone() ? nullptr : norm.data() + row,
-                     merged.data() + row, unguided.data() + row, tile.x.end - tile.x.begin);
+                     one_window ? nullptr : norm.data() + row, merged.data() + row,
+                     unguided.data() + row, tile.x.end - tile.x.begin);
         }
       }
     }
@@ -98,26 +86,13 @@ std::tuple<Tensor, Tensor> guided_step(Tensor cond, OptionalTensor uncond, Tenso
                                        Tensor history, Tensor coefficients, Tensor keep, double guidance_scale,
                                        OptionalTensor guidance_map, Tensor origins, Tensor cover_start,
                                        Tensor cover_index, Geometry geometry) {
-  cond = packed(cond), sample = packed(sample), history = packed(history);
-  coefficients = packed(coefficients), keep = packed(keep);
-  if (uncond) uncond = packed(*uncond);
-  weight = packed_arithmetic(weight, sample);
-  guidance_map = packed_arithmetic(guidance_map, sample);
   const Plan plan = make_plan(origins, cover_start, cover_index, geometry, sample.size(1));
-  Tensor new_sample = torch::stable::new_empty(sample, sample.sizes());
-  Tensor new_history = torch::stable::new_empty(history, history.sizes());
-  if (sample.numel() == 0) return {new_sample, new_history};
+  const StepCall call(cond, uncond, sample, weight, history, coefficients, keep, guidance_scale, guidance_map);
+  if (sample.numel() == 0) return call.results();
   with_element(sample, [&](auto element) {
-    using T = decltype(element);
-    using A = arithmetic_t<T>;
-    const Overlap<A> overlap{data<A>(weight), weight_stride(weight)};
-    const Update update{data<double>(coefficients), data<double>(keep), static_cast<int>(history.size(0))};
-    const Step<T> step{data<T>(cond), data<T>(uncond), data<T>(sample), data<T>(history), mutable_data<T>(new_sample),
-                       mutable_data<T>(new_history), data<A>(guidance_map), static_cast<A>(guidance_scale), overlap,
-                       update, sample.numel()};
-    run<T>(step, plan, sample.size(0));
+    run(call.step<decltype(element)>(), plan, sample.size(0));
   });
-  return {new_sample, new_history};
+  return call.results();
 }
 
 }  // namespace instantas

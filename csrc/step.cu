@@ -10,29 +10,12 @@ std::tuple<Tensor, Tensor> guided_step(Tensor cond, OptionalTensor uncond, Tenso
                                        OptionalTensor guidance_map, Tensor origins, Tensor cover_start,
                                        Tensor cover_index, Geometry geometry) {
   const Stream stream(sample);
-  cond = packed(cond), sample = packed(sample), history = packed(history);
-  coefficients = packed(coefficients), keep = packed(keep);
-  if (uncond) uncond = packed(*uncond);
-  weight = packed_arithmetic(weight, sample);
-  guidance_map = packed_arithmetic(guidance_map, sample);
   const Plan plan = make_plan(origins, cover_start, cover_index, geometry, sample.size(1));
-  Tensor new_sample = torch::stable::new_empty(sample, sample.sizes());
-  Tensor new_history = torch::stable::new_empty(history, history.sizes());
-  if (sample.numel() == 0) return {new_sample, new_history};
+  const StepCall call(cond, uncond, sample, weight, history, coefficients, keep, guidance_scale, guidance_map);
+  if (sample.numel() == 0) return call.results();
   with_device_element(sample, [&](auto element) {
     using T = decltype(element);
-    const Step<T> step{data<T>(cond),
-                       data<T>(uncond),
-                       data<T>(sample),
-                       data<T>(history),
-                       mutable_data<T>(new_sample),
-                       mutable_data<T>(new_history),
-                       data<float>(weight),
-                       data<float>(guidance_map),
-                       weight_stride(weight),
-                       sample.numel(),
-                       static_cast<float>(guidance_scale),
-                       {data<double>(coefficients), data<double>(keep), static_cast<int>(history.size(0))}};
+    const Step<T> step = call.step<T>();
     with_width<T>(plan, {step.cond, step.uncond, step.sample, step.history, step.weight, step.guidance_map}, [&](auto w) {
       constexpr int WIDTH = decltype(w)::value;
       const auto run = [&](void (*kernel)(Step<T>, Plan)) {
@@ -42,7 +25,7 @@ std::tuple<Tensor, Tensor> guided_step(Tensor cond, OptionalTensor uncond, Tenso
       uncond ? run(step_kernel<T, WIDTH, true>) : run(step_kernel<T, WIDTH, false>);
     });
   });
-  return {new_sample, new_history};
+  return call.results();
 }
 
 }  // namespace instantas

@@ -1,21 +1,10 @@
 // Device kernel of guided_step: merge, classifier-free guidance and the scheduler's update in one pass. Free of torch.
 #pragma once
 
-#include "update.cuh"
+#include "step_update.cuh"
 #include "windows.cuh"
 
 namespace instantas {
-
-template <class T>
-struct Step {
-  const T *cond, *uncond, *sample, *history;  // uncond: nullptr where there is no guidance
-  T *new_sample, *new_history;
-  const float *weight, *guidance_map;
-  int64_t weight_stride;
-  int64_t entry;  // elements of one history entry
-  float guidance;
-  Update update;
-};
 
 template <class T, int WIDTH, bool GUIDED>
 __global__ void step_kernel(Step<T> step, Plan plan) {
@@ -28,8 +17,8 @@ __global__ void step_kernel(Step<T> step, Plan plan) {
   float total[SOURCES][CHANNELS][WIDTH] = {}, norm[WIDTH] = {};
   sum_windows(sources, step.weight, step.weight_stride, plan, cells, total, norm);
 
-  const double* numbers = step.update.coefficients;
-  const float a = static_cast<float>(numbers[0]), b = static_cast<float>(numbers[1]);
+  const double* coefficients = step.update.coefficients;
+  const float a = static_cast<float>(coefficients[0]), b = static_cast<float>(coefficients[1]);
   const float d = static_cast<float>(step.update.keep[0]), e = static_cast<float>(step.update.keep[1]);
   float guidance[WIDTH];
 #pragma unroll
@@ -42,11 +31,11 @@ __global__ void step_kernel(Step<T> step, Plan plan) {
     const Pack<T, WIDTH> sample = load<WIDTH>(step.sample + offset);
     float history[WIDTH] = {};
     for (int j = 0; j < step.update.history; ++j) {
-      const Pack<T, WIDTH> past = load<WIDTH>(step.history + j * step.entry + offset);
-      const float number = static_cast<float>(numbers[2 + j]);
+      const Pack<T, WIDTH> past = load<WIDTH>(step.history + j * step.history_stride + offset);
+      const float coefficient = static_cast<float>(coefficients[2 + j]);
 #pragma unroll
-      for (int i = 0; i < WIDTH; ++i) history[i] += number * widen(past.element[i]);
-      if (j + 1 < step.update.history) store<WIDTH>(step.new_history + (j + 1) * step.entry + offset, past);
+      for (int i = 0; i < WIDTH; ++i) history[i] += coefficient * widen(past.element[i]);
+      if (j + 1 < step.update.history) store<WIDTH>(step.new_history + (j + 1) * step.history_stride + offset, past);
     }
     Pack<T, WIDTH> newest, advanced;
 #pragma unroll

@@ -10,7 +10,11 @@ namespace {
 
 constexpr int64_t GRAIN = 1 << 15;  // elements that are worth a thread
 
-void gather(const char* canvas, char* windows, const Plan& plan, int64_t planes, int64_t size) {
+void gather(const GatherCall& call) {
+  const char* canvas = data<char>(call.canvas);
+  char* windows = mutable_data<char>(call.windows);
+  const Plan plan = call.plan;
+  const int64_t planes = call.planes(), size = call.canvas.element_size();
   torch::stable::parallel_for(0, planes, GRAIN / plan.window_plane() + 1, [&](int64_t begin, int64_t end) {
     for (int64_t plane = begin; plane < end; ++plane) {
       const int channel = static_cast<int>(plane % plan.channels);
@@ -19,7 +23,7 @@ void gather(const char* canvas, char* windows, const Plan& plan, int64_t planes,
       const int y0 = plan.origins[2 * window], x0 = plan.origins[2 * window + 1];
       const int64_t whole = std::min(plan.w, plan.width - x0);  // the rest lies at the other end of the axis
       for (int i = 0; i < plan.h; ++i) {
-        const char* row = canvas + plan.canvas_offset(image, channel, position(i, y0, plan.height), 0) * size;
+        const char* row = canvas + plan.canvas_offset(image, channel, position_on_canvas(i, y0, plan.height), 0) * size;
         char* out = windows + (plane * plan.window_plane() + int64_t{i} * plan.w) * size;
         std::memcpy(out, row + x0 * size, whole * size);
         std::memcpy(out + whole * size, row, (plan.w - whole) * size);
@@ -30,7 +34,7 @@ void gather(const char* canvas, char* windows, const Plan& plan, int64_t planes,
 
 // The cells of a tile that has one window.
 template <class T>
-void copy_window(const Plan& plan, const Tile& tile, const T* windows, int64_t image, T* canvas) {
+void copy_window(const Plan& plan, const CanvasTile& tile, const T* windows, int64_t image, T* canvas) {
   for_each_run(plan, tile, [&](int window, int i, int j, int cell, int count) {
     const int y = tile.y.begin + cell / plan.tile_x, x = tile.x.begin + cell % plan.tile_x;
     for (int channel = 0; channel < plan.channels; ++channel)
@@ -47,8 +51,8 @@ void scatter(const T* windows, const Overlap<A>& overlap, T* canvas, const Plan&
     std::vector<A> norm(area), total(area);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t image = task / tiles;
-      const Tile tile(plan, task % tiles);
-      if (normalize && tile.alone()) {
+      const CanvasTile tile(plan, task % tiles);
+      if (normalize && tile.has_one_window()) {
         copy_window(plan, tile, windows, image, canvas);
         continue;
       }
@@ -75,28 +79,22 @@ void scatter(const T* windows, const Overlap<A>& overlap, T* canvas, const Plan&
 }  // namespace
 
 Tensor gather_windows(Tensor canvas, Tensor origins, Tensor cover_start, Tensor cover_index, Geometry geometry) {
-  canvas = packed(canvas);
-  const Plan plan = make_plan(origins, cover_start, cover_index, geometry, canvas.size(1));
-  const int64_t planes = canvas.size(0) * plan.windows * plan.channels;
-  Tensor windows = torch::stable::new_empty(canvas, {canvas.size(0), plan.windows, plan.channels, plan.h, plan.w});
-  if (windows.numel()) gather(data<char>(canvas), mutable_data<char>(windows), plan, planes, canvas.element_size());
-  return windows;
+  const GatherCall call(canvas, make_plan(origins, cover_start, cover_index, geometry, canvas.size(1)));
+  if (call.windows.numel()) gather(call);
+  return call.windows;
 }
 
 Tensor scatter_windows(Tensor windows, OptionalTensor weight, Tensor origins, Tensor cover_start, Tensor cover_index,
                        Geometry geometry, bool normalize) {
-  windows = packed(windows);
-  weight = packed_arithmetic(weight, windows);
-  const Plan plan = make_plan(origins, cover_start, cover_index, geometry, windows.size(2));
-  Tensor canvas = torch::stable::new_empty(windows, {windows.size(0), plan.channels, plan.height, plan.width});
-  if (canvas.numel() == 0) return canvas;
+  const ScatterCall call(windows, weight, make_plan(origins, cover_start, cover_index, geometry, windows.size(2)));
+  if (call.canvas.numel() == 0) return call.canvas;
   with_element(windows, [&](auto element) {
     using T = decltype(element);
     using A = arithmetic_t<T>;
-    const Overlap<A> overlap{data<A>(weight), weight_stride(weight)};
-    scatter(data<T>(windows), overlap, mutable_data<T>(canvas), plan, windows.size(0), normalize);
+    const Overlap<A> overlap{data<A>(call.weight), weight_stride(call.weight)};
+    scatter(data<T>(call.windows), overlap, mutable_data<T>(call.canvas), call.plan, windows.size(0), normalize);
   });
-  return canvas;
+  return call.canvas;
 }
 
 }  // namespace instantas

@@ -29,22 +29,22 @@ __global__ void __launch_bounds__(GATHER_THREADS)
   Pack<T, WIDTH> pack[GATHER_PACKS];
 #pragma unroll
   for (int k = 0; k < GATHER_PACKS; ++k) {
-    const int number = first + k * GATHER_THREADS;
-    if (number >= packs) break;
-    const T* row = source + int64_t{position(number / packs_of_row, y0, plan.height)} * plan.width;
-    const int j = number % packs_of_row * WIDTH;
+    const int index = first + k * GATHER_THREADS;
+    if (index >= packs) break;
+    const T* row = source + int64_t{position_on_canvas(index / packs_of_row, y0, plan.height)} * plan.width;
+    const int j = index % packs_of_row * WIDTH;
     if (x0 % WIDTH == 0) {
-      pack[k] = load<WIDTH>(row + position(j, x0, plan.width));
+      pack[k] = load<WIDTH>(row + position_on_canvas(j, x0, plan.width));
     } else {
 #pragma unroll
-      for (int e = 0; e < WIDTH; ++e) pack[k].element[e] = row[position(j + e, x0, plan.width)];
+      for (int e = 0; e < WIDTH; ++e) pack[k].element[e] = row[position_on_canvas(j + e, x0, plan.width)];
     }
   }
 #pragma unroll
   for (int k = 0; k < GATHER_PACKS; ++k) {
-    const int number = first + k * GATHER_THREADS;
-    if (number >= packs) break;
-    store<WIDTH>(target + int64_t{number} * WIDTH, pack[k]);
+    const int index = first + k * GATHER_THREADS;
+    if (index >= packs) break;
+    store<WIDTH>(target + int64_t{index} * WIDTH, pack[k]);
   }
 }
 
@@ -77,12 +77,12 @@ __device__ __forceinline__ void sum_windows(const T* const (&sources)[SOURCES], 
   for (int covering = plan.cover_start[cells.tile]; covering < last; ++covering) {
     const int window = plan.cover_index[covering];
     const int y0 = plan.origins[2 * window], x0 = plan.origins[2 * window + 1];
-    const int i = place(cells.y, y0, plan.height);
+    const int i = place_in_window(cells.y, y0, plan.height);
     if (i >= plan.h) continue;
     const int64_t offset = plan.window_offset(cells.image, window, cells.channel, i, 0);
     const float* weight_row = weight ? weight + window * weight_stride + int64_t{i} * plan.w : nullptr;
     if (x0 % WIDTH == 0) {  // then the window has all of the cells or none
-      const int j = place(cells.x, x0, plan.width);
+      const int j = place_in_window(cells.x, x0, plan.width);
       if (j >= plan.w) continue;
       Pack<T, WIDTH> pack[SOURCES][CHANNELS];
 #pragma unroll
@@ -107,7 +107,7 @@ __device__ __forceinline__ void sum_windows(const T* const (&sources)[SOURCES], 
     } else {
 #pragma unroll
       for (int e = 0; e < WIDTH; ++e) {
-        const int j = place(cells.x + e, x0, plan.width);
+        const int j = place_in_window(cells.x + e, x0, plan.width);
         if (j >= plan.w) continue;
         const float share = weight_row ? weight_row[j] : 1.0f;
         norm[e] += share;

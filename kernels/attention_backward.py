@@ -63,8 +63,8 @@ def _add_statistics(
         dots = dot_rows(q, k, q_rows, inside, k_rows, token < L, size, D, CHUNK, OPERAND)
         peak, factor, p = softmax_block(scale_logits(dots, token < L, share, scale, JOINT), share, peak, JOINT)
         mass = mass * factor + tl.sum(p, axis=1)
-        dp = dot_rows(g, v, g_rows, inside, v_rows, token < L, size, D, CHUNK, OPERAND)
-        delta = delta * factor + tl.sum(p * dp, axis=1)
+        delta *= factor
+        delta += tl.sum(p * dot_rows(g, v, g_rows, inside, v_rows, token < L, size, D, CHUNK, OPERAND), axis=1)
     return peak, mass, delta
 
 

@@ -16,7 +16,7 @@ struct Attention {
   const float* weights;       // (B, R, N)
   int queries, heads, depth, prompts, tokens, slots;
   float scale;   // of the logits
-  float scale2;  // of the logits in base 2
+  float scale_base2;  // of the logits in base 2
   bool joint;    // one softmax over all prompts, not one for each
   bool aligned;  // rows are multiples of 16 bytes at multiples of 16 bytes
 
@@ -39,13 +39,13 @@ struct Attention {
 // Which of a tile's rows have weight in which slot, and what a row's weights are relative to: their sum, or jointly the
 // largest; 1 for a row without weight. In shared memory: size(slots) bytes of it.
 template <int ROWS>
-class Present {
+class ActiveRows {
  public:
   static constexpr int WORDS = (ROWS + WARP - 1) / WARP;
 
   static INSTANTAS_INLINE int size(int slots) { return (ROWS + slots * WORDS) * 4; }
 
-  __device__ __forceinline__ explicit Present(char* shared)
+  __device__ __forceinline__ explicit ActiveRows(char* shared)
       : norm_(reinterpret_cast<float*>(shared)), words_(reinterpret_cast<unsigned*>(shared) + ROWS) {}
 
   // By all threads of the block, at least as many as rows rounded up to whole warps; then the block has to meet.

@@ -1,4 +1,4 @@
-// The guided step: what happens to one cell once its windows are merged. Free of torch; host and device.
+// The guided step: its arguments, and what happens to a cell once its windows are merged. Free of torch; host and device.
 #pragma once
 
 #include "element.cuh"
@@ -22,6 +22,18 @@ struct Update {
   const double* coefficients;
   const double* keep;
   int history;  // k
+};
+
+// The arguments of guided_step, and the results that it fills.
+template <class T>
+struct Step {
+  const T *cond, *uncond, *sample, *history;  // uncond: nullptr where there is no guidance
+  T *new_sample, *new_history;
+  const arithmetic_t<T>*weight, *guidance_map;
+  int64_t weight_stride;   // elements from one window's overlap weight to the next one's
+  int64_t history_stride;  // elements of one history entry
+  arithmetic_t<T> guidance;
+  Update update;
 };
 
 }  // namespace instantas
