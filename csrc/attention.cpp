@@ -1,4 +1,4 @@
-// Rows of a tensor picked and put back by number: the queries of one region (instantas/attention_cpu.py).
+// Rows of a tensor picked and put back by number: the queries of one region (instantas/ops/cpu.py).
 #include "host.h"
 
 namespace instantas {

@@ -1,4 +1,4 @@
-// Registration of the device's operations; their schemas are those of instantas/backends.py.
+// Registration of the device's operations; their schemas are those of instantas/ops/schemas.py.
 #include "host.h"
 
 STABLE_TORCH_LIBRARY_IMPL(instantas_cuda, CUDA, library) {
