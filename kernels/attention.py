@@ -23,7 +23,7 @@ from .attention_tiles import (
     store_rows,
     weight_norms,
 )
-from .tiles import exact_dtype
+from .tiles import exact_dtype, range
 
 __all__ = ["regional_attention", "regional_attention_backward"]
 

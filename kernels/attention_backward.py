@@ -26,7 +26,7 @@ from .attention_tiles import (
     store_rows,
     weight_norms,
 )
-from .tiles import exact_dtype
+from .tiles import exact_dtype, range
 
 
 @triton.jit

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .tiles import alignment, exact_dtype
+from .tiles import alignment, exact_dtype, range
 
 
 @triton.jit

@@ -18,6 +18,7 @@ from .tiles import (
     locate_block,
     packed,
     place_in_window,
+    range,
     weight_row,
     weight_stride,
 )

@@ -4,6 +4,8 @@ The floor beneath the other modules, which import this one alone (attention is t
 its two passes).
 """
 
+import builtins
+
 import torch
 import triton
 import triton.language as tl
@@ -57,6 +59,17 @@ def load_shares(weight_row, j, inside):
     return share
 
 
+INTERPRETED = not isinstance(as_multiple, triton.JITFunction)
+
+
+def _interpreted_range(*bounds):
+    """range() of the interpreter's numbers, which are arrays of one element: numpy 2.4 makes no int of one."""
+    return builtins.range(*(int(b.handle.data.item()) if isinstance(b, tl.tensor) else b for b in bounds))
+
+
+range = _interpreted_range if INTERPRETED else builtins.range
+
+
 def alignment(*lengths):
     """The most elements, at most 8, of which all lengths are multiples: 8 of half precision are the widest access."""
     return next(width for width in (8, 4, 2, 1) if all(length % width == 0 for length in lengths))
@@ -94,5 +107,4 @@ def exact_dtype(dtype):
     The interpreter multiplies bfloat16 wrongly and cuts float32 off where the device rounds it to bfloat16: there the
     kernels are given float32, and torch rounds.
     """
-    interpreted = not isinstance(as_multiple, triton.JITFunction)
-    return torch.float32 if interpreted and dtype == torch.bfloat16 else dtype
+    return torch.float32 if INTERPRETED and dtype == torch.bfloat16 else dtype

@@ -24,7 +24,8 @@ from instantas.ops import backend
 
 ROOT = Path(__file__).parents[2]
 COMPILER = shlex.split(os.environ.get("CXX", "g++"))
-FLAGS = ["-x", "c++", "-std=c++17", "-O2", "-fPIC", "-shared", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+FLAGS = ["-x", "c++", "-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-shared"]
+FLAGS += ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
 AVAILABLE = shutil.which(COMPILER[0]) is not None and Path("/proc/self").exists()
 
 
