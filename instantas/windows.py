@@ -218,7 +218,8 @@ class WindowPlan:
         """
         if kind not in WEIGHT_KINDS:
             raise ValueError(f"weight: expected one of {', '.join(WEIGHT_KINDS)}, got {kind!r}")
-        return torch.outer(*(_axis_weight(kind, length) for length in self.window)).float()
+        with torch.inference_mode(False):
+            return torch.outer(*(_axis_weight(kind, length) for length in self.window)).float()
 
     @property
     def geometry(self) -> list[int]:

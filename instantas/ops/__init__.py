@@ -232,4 +232,6 @@ def regional_attention(
         scale = finite("scale", scale)
     if prompt_ids.dtype == torch.int64:  # an id too large for int32 must not come out as another
         prompt_ids = prompt_ids.clamp(-1, key.shape[0]).int()
-    return torch.ops.instantas.regional_attention(query, key, value, prompt_ids, weights, mode == "joint", scale, factor)
+    return torch.ops.instantas.regional_attention(
+        query, key, value, prompt_ids, weights, mode == "joint", scale, factor
+    )
