@@ -5,17 +5,50 @@ Plain geometry, no kernels. Lengths are in cells (latent pixels); an origin is t
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import functools
 import os
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.utils._python_dispatch import _disable_current_modes
 
 from instantas.checks import flag, integer, pair, positive
 
 WEIGHT_KINDS = ("uniform", "linear", "gaussian", "cosine")
 GAUSSIAN_VARIANCE = 0.01  # of a window of length 1: the value in common use for latent tiles
+
+_CPU = torch.device("cpu")
+_FAKE = torch._C._TorchDispatchModeKey.FAKE
+
+
+class PlanTables(NamedTuple):
+    """A plan's windows as the operations read them: int32 tensors on one device.
+
+    Attributes:
+        origins: (n, 2), the (y, x) of each window.
+        cover_start, cover_index: which windows touch each tile of the canvas. Those of tile i (row-major) are
+            cover_index[cover_start[i]:cover_start[i + 1]], ascending.
+    """
+
+    origins: torch.Tensor
+    cover_start: torch.Tensor
+    cover_index: torch.Tensor
+
+
+def outside_of_modes() -> contextlib.AbstractContextManager:
+    """Where tensors are made that others will use later: no inference mode, fake tensors, functorch or tracing."""
+    modes = torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack()
+    if not modes and not torch.is_inference_mode_enabled():
+        return contextlib.nullcontext()
+    outside = contextlib.ExitStack()
+    for leave in (torch.inference_mode(False), _disable_current_modes(), temporarily_clear_interpreter_stack()):
+        outside.enter_context(leave)
+    return outside
 
 
 def _even_origins(name: str, length: int, window: int, wrap: bool, shift: int) -> np.ndarray:
@@ -51,6 +84,9 @@ class WindowPlan:
             0 <= origin <= length - window; on one that wraps, origins are taken modulo the length.
         wrap: (vertical, horizontal): whether the axis is a circle, so that a window may cross its border.
 
+    Attributes:
+        count: number of windows: network evaluations per step and branch.
+
     Raises:
         TypeError, ValueError: for sizes that are not positive integers, windows outside the canvas, and for origins
             that leave a cell uncovered. A plan that exists covers its canvas.
@@ -63,7 +99,8 @@ class WindowPlan:
     window: tuple[int, int]
     origins: np.ndarray
     wrap: tuple[bool, bool] = (False, False)
-    _tables: dict = field(default_factory=dict, init=False, repr=False)
+    count: int = field(init=False, repr=False)
+    _tables: dict[torch.device, PlanTables] = field(init=False, repr=False)
 
     def __post_init__(self):
         put = functools.partial(object.__setattr__, self)
@@ -90,10 +127,19 @@ class WindowPlan:
                 )
         origins.setflags(write=False)
         put("origins", origins)
-        if self._leaves_holes():
+        put("count", len(origins))
+        axes = self._axes()
+        if _leaves_holes(*axes):
             uncovered = np.argwhere(self.coverage() == 0)
             y, x = uncovered[0]
             raise ValueError(f"origins: expected every cell covered, got {len(uncovered)} uncovered, first ({y}, {x})")
+        # at once: made at first use they could be made inside of a mode, and hold for nothing outside of it
+        arrays = (origins, *_covering_windows(*axes))
+        with outside_of_modes():
+            put("_tables", {_CPU: PlanTables(*(torch.from_numpy(np.array(a, dtype=np.int32)) for a in arrays))})
+
+    def __reduce__(self):
+        return type(self), (self.height, self.width, self.window, self.origins, self.wrap)
 
     @classmethod
     def minimum_coverage(cls, height, width, window=64, *, wrap=(False, False), shift=(0, 0)) -> WindowPlan:
@@ -137,11 +183,6 @@ class WindowPlan:
         return cls(height, width, window, np.stack([np.repeat(ys, len(xs)), np.tile(xs, len(ys))], axis=1), wrap)
 
     @property
-    def count(self) -> int:
-        """Number of windows: network evaluations per step and branch."""
-        return len(self.origins)
-
-    @property
     def lower_bound(self) -> int:
         """ceil(height / h) * ceil(width / w): no cover by such windows has fewer."""
         h, w = self.window
@@ -164,13 +205,9 @@ class WindowPlan:
         cover[:, :w] += cover[:, self.width : self.width + w]
         return cover[: self.height, : self.width].copy()
 
-    def _leaves_holes(self) -> bool:
-        """Whether `coverage` has a 0, without laying out the canvas: it changes only where a window begins or ends."""
-        inside = []
-        for length, window, origins in zip((self.height, self.width), self.window, self.origins.T):
-            places = np.unique(np.concatenate([[0], origins, (origins + window) % length]))
-            inside.append(((places - origins[:, None]) % length < window).astype(np.float32))
-        return bool((inside[0].T @ inside[1] == 0).any())
+    def _axes(self) -> list[_Axis]:
+        axes = zip((self.height, self.width), self.window, self.tile, self.origins.T)
+        return [_axis(length, window, tile, origins.tobytes()) for length, window, tile, origins in axes]
 
     def weight(self, kind: str = "uniform") -> torch.Tensor:
         """(h, w) float32 overlap weight of a window, positive everywhere.
@@ -181,7 +218,8 @@ class WindowPlan:
         """
         if kind not in WEIGHT_KINDS:
             raise ValueError(f"weight: expected one of {', '.join(WEIGHT_KINDS)}, got {kind!r}")
-        return torch.outer(*(_axis_weight(kind, length) for length in self.window)).float()
+        with torch.inference_mode(False):
+            return torch.outer(*(_axis_weight(kind, length) for length in self.window)).float()
 
     @property
     def geometry(self) -> list[int]:
@@ -197,37 +235,28 @@ class WindowPlan:
         """
         return 8, min(64, max(8, 1 << (self.window[1].bit_length() - 1)))
 
-    def tables(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """int32 tensors on the device: origins (n, 2), and which windows touch each tile of the canvas.
-
-        The windows of tile i (row-major) are cover_index[cover_start[i]:cover_start[i + 1]], ascending. Copied to
-        a device once.
-        """
+    def tables(self, device: torch.device) -> PlanTables:
+        """What the operations are given, on the device. Copied there once."""
+        if torch.compiler.is_dynamo_compiling():
+            found = self._tables.get(device)
+            return PlanTables(*(table.to(device) for table in self._tables[_CPU])) if found is None else found
+        if torch._C._get_dispatch_mode(_FAKE) is not None:  # fake tensors go together with fake ones alone
+            return PlanTables(*(torch.ops.aten.lift_fresh(table).to(device) for table in self._tables[_CPU]))
         if device not in self._tables:
-            host = self._host_tables() if device.type == "cpu" else self.tables(torch.device("cpu"))
-            self._tables[device] = tuple(table.to(device, non_blocking=True) for table in host)
+            with outside_of_modes():
+                host = self._tables[_CPU]
+                self._tables[device] = PlanTables(*(table.to(device, non_blocking=True) for table in host))
         return self._tables[device]
 
-    def _host_tables(self):
-        touched = []
-        for axis, (length, tile) in enumerate(zip((self.height, self.width), self.tile)):
-            cells = (self.origins[:, axis, None] + np.arange(self.window[axis])) % length
-            hit = np.zeros((self.count, -(-length // tile)), dtype=bool)
-            hit[np.arange(self.count)[:, None], cells // tile] = True
-            touched.append(hit)
-        rows, columns = touched
-        # join, per window, its tile rows with its tile columns; then sort by tile, keeping windows ascending
-        window, tile_y = np.nonzero(rows)
-        column_window, column = np.nonzero(columns)
-        width = columns.sum(1)
-        repeat = width[window]
-        within = np.arange(repeat.sum()) - np.repeat(repeat.cumsum() - repeat, repeat)
-        first = np.searchsorted(column_window, np.arange(self.count))
-        window_of = np.repeat(window, repeat)
-        tile = np.repeat(tile_y, repeat) * columns.shape[1] + column[first[window_of] + within]
-        order = np.argsort(tile, kind="stable")
-        start = np.searchsorted(tile[order], np.arange(rows.shape[1] * columns.shape[1] + 1))
-        return tuple(torch.from_numpy(np.array(a, dtype=np.int32)) for a in (self.origins, start, window_of[order]))
+    def with_tables(self, tables: PlanTables) -> WindowPlan:
+        """This plan, with tables of its owner's for the operations on their device.
+
+        For windows whose places are known there alone, as in a CUDA graph that moves them: as many windows, of the same
+        size, on the same canvas. `origins`, and what compares plans, stay what they are.
+        """
+        plan = copy.copy(self)
+        plan._tables[tables.origins.device] = tables
+        return plan
 
     def plot(self, path: str | os.PathLike) -> None:
         """Draw the layout to a picture file (needs matplotlib); the shade says how many windows cover a cell."""
@@ -248,6 +277,59 @@ class WindowPlan:
         wrap = f", wrap={self.wrap}" if any(self.wrap) else ""
         size = f"{self.height}x{self.width}"
         return f"WindowPlan({size}, {self.count} windows of {self.window}, overlap {self.overlap:.2f}{wrap})"
+
+
+class _Axis(NamedTuple):
+    """What follows from the different origins on one axis of a plan.
+
+    Attributes:
+        which: (n,), which of them each window has.
+        inside: bool, (places, origins), over which places of those where coverage changes their windows lie.
+        touches: bool, (origins, tiles), which tiles their windows touch.
+        tile, count, first: the tiles that they touch, origin by origin; how many each does, and where its first is.
+    """
+
+    which: np.ndarray
+    inside: np.ndarray
+    touches: np.ndarray
+    tile: np.ndarray
+    count: np.ndarray
+    first: np.ndarray
+
+
+@functools.lru_cache(256)  # many plans have an axis in common
+def _axis(length: int, window: int, tile: int, origins: bytes) -> _Axis:
+    values, which = np.unique(np.frombuffer(origins, dtype=np.int64), return_inverse=True)
+    places = np.concatenate([[0], values, (values + window) % length])  # coverage changes where windows begin and end
+    inside = (places[:, None] - values) % length < window
+    begin = np.arange(0, length, tile)
+    after = (values[:, None] - begin) % length  # cells from a tile's beginning to a window's
+    touches = (after < np.minimum(tile, length - begin)) | (length - after < window)
+    count = touches.sum(1)
+    return _Axis(which, inside, touches, np.nonzero(touches)[1], count, count.cumsum() - count)
+
+
+def _leaves_holes(rows: _Axis, columns: _Axis) -> bool:
+    """Whether a plan's coverage has a 0, without laying out the canvas."""
+    there = np.zeros((len(rows.count), len(columns.count)), dtype=bool)
+    there[rows.which, columns.which] = True
+    if there.all():  # a grid: each axis by itself
+        return not (rows.inside.any(1).all() and columns.inside.any(1).all())
+    down, across = (axis.inside.astype(np.float32) for axis in (rows, columns))
+    return bool((down @ there @ across.T == 0).any())
+
+
+def _covering_windows(rows: _Axis, columns: _Axis) -> tuple[np.ndarray, np.ndarray]:
+    """`PlanTables.cover_start` and `cover_index`."""
+    # join, per window, its tile rows with its tile columns; then sort by tile, keeping windows ascending
+    window, down = np.nonzero(rows.touches[rows.which])
+    which = columns.which[window]
+    count = columns.count[which]
+    pairs = count.cumsum()
+    across = columns.tile[np.arange(pairs[-1]) + np.repeat(columns.first[which] - pairs + count, count)]
+    tile = np.repeat(down * columns.touches.shape[1], count) + across
+    start = np.bincount(tile + 1, minlength=rows.touches.shape[1] * columns.touches.shape[1] + 1).cumsum()
+    return start, np.repeat(window, count)[np.argsort(tile, kind="stable")]
 
 
 def _axis_weight(kind: str, length: int) -> torch.Tensor:

@@ -19,6 +19,8 @@ from instantas.ops.validation import (
     check_tensor,
     check_weight,
     finite,
+    traced_number,
+    tracing,
     vector,
 )
 from instantas.windows import WindowPlan
@@ -137,19 +139,14 @@ def guided_step(
     k = coefficients.shape[0] - 2
     if k < 0:
         raise ValueError(f"coefficients: expected at least 2 numbers (a, b, c_1 .. c_k), got {coefficients.shape[0]}")
-    if (history is None) != (k == 0):
+    if k > 0 if history is None else k == 0:
         raise ValueError(
             f"history: expected {k} entries, one for each coefficient after the second, got "
             f"{None if history is None else tuple(history.shape)}"
         )
     if history is not None:
         check_tensor("history", history, "(k, B, C, height, width)", (k, *sample.shape), like=sample)
-    guidance_map = None
-    if isinstance(guidance_scale, torch.Tensor) and guidance_scale.dim():
-        shape = (plan.height, plan.width)
-        check_tensor("guidance_scale", guidance_scale, "a float or (height, width)", shape, device=sample.device)
-        check_constant("guidance_scale", guidance_scale)
-        guidance_map, guidance_scale = guidance_scale, 1.0
+    guidance, guidance_map = _guidance(guidance_scale, plan, sample.device)
     new_sample, new_history = torch.ops.instantas.guided_step(
         cond,
         uncond,
@@ -158,12 +155,24 @@ def guided_step(
         sample.new_empty(0, *sample.shape) if history is None else history,
         coefficients,
         keep,
-        finite("guidance_scale", guidance_scale),
+        guidance,
         guidance_map,
         *plan.tables(sample.device),
         plan.geometry,
     )
     return new_sample, None if history is None else new_history
+
+
+def _guidance(scale, plan, device) -> tuple[float, torch.Tensor | None]:
+    """The guidance scale as a number, or as a map of the canvas, which counts in its place."""
+    is_tensor, shape = isinstance(scale, torch.Tensor), (plan.height, plan.width)
+    if is_tensor and scale.dim():
+        check_tensor("guidance_scale", scale, "a float or (height, width)", shape, device=device)
+        check_constant("guidance_scale", scale)
+        return 1.0, scale
+    if torch.compiler.is_compiling() or is_tensor and tracing(scale):
+        return 1.0, traced_number("guidance_scale", scale, device).expand(shape)
+    return finite("guidance_scale", scale), None
 
 
 def regional_attention(
@@ -214,7 +223,15 @@ def regional_attention(
     check_prompt_ids(prompt_ids, key.shape[0])
     if mode not in ("blend", "joint"):
         raise ValueError(f"mode: expected 'blend' or 'joint', got {mode!r}")
-    scale = d**-0.5 if scale is None else finite("scale", scale)
+    factor = None
+    if scale is None:
+        scale = d**-0.5
+    elif torch.compiler.is_compiling():
+        scale, factor = 1.0, traced_number("scale", scale, "cpu")
+    else:
+        scale = finite("scale", scale)
     if prompt_ids.dtype == torch.int64:  # an id too large for int32 must not come out as another
         prompt_ids = prompt_ids.clamp(-1, key.shape[0]).int()
-    return torch.ops.instantas.regional_attention(query, key, value, prompt_ids, weights, mode == "joint", scale)
+    return torch.ops.instantas.regional_attention(
+        query, key, value, prompt_ids, weights, mode == "joint", scale, factor
+    )

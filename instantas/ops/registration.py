@@ -4,21 +4,33 @@ from __future__ import annotations
 
 import torch
 
+from instantas.ops import reference
 from instantas.ops.backend import implementation
 from instantas.ops.schemas import SCHEMAS
 
 _library = torch.library.Library("instantas", "DEF")
+
+# The scale of a compiled graph is a tensor, float64 on the CPU, that the number in `scale` is multiplied by.
+_FACTOR = ("float scale)", "float scale, Tensor? factor=None)")
 
 
 def _dispatcher(operation):
     def run(*args):
         return implementation(operation, args[0])(*args)
 
-    return run
+    def run_scaled(*args):
+        *args, scale, factor = (*args, None) if isinstance(args[-1], float) else args  # without what is its default
+        return run(*args, _scaled(scale, factor))
+
+    return run_scaled if "attention" in operation else run
+
+
+def _scaled(scale, factor):
+    return scale if factor is None else scale * factor.item()
 
 
 for _name, _schema in SCHEMAS.items():
-    _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.define(_name + _schema.replace(*_FACTOR), tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(_name, _dispatcher(_name), "CompositeExplicitAutograd")
 
 
@@ -114,13 +126,25 @@ def _step_backward(ctx, grad_sample, grad_history):
 
 
 def _attention_setup(ctx, inputs, output):
-    *tensors, ctx.joint, ctx.scale = inputs
-    ctx.save_for_backward(*tensors)
+    *tensors, ctx.joint, ctx.scale, factor = inputs
+    ctx.save_for_backward(*tensors, factor)
 
 
 def _attention_backward(ctx, grad):
-    grads = torch.ops.instantas.regional_attention_backward(grad, *ctx.saved_tensors, ctx.joint, ctx.scale)
-    return *grads, None, None, None, None
+    *tensors, factor = ctx.saved_tensors
+    grads = torch.ops.instantas.regional_attention_backward(grad, *tensors, ctx.joint, ctx.scale, factor)
+    return *grads, *[None] * 5
+
+
+def _attention_second_backward(ctx, *grads):
+    """Through the reference, whose every step torch can differentiate, as often as asked for."""
+    *tensors, prompt_ids, weights, factor = ctx.saved_tensors
+    mode, scale = "joint" if ctx.joint else "blend", _scaled(ctx.scale, factor)
+
+    def first(*tensors):
+        return reference.regional_attention_backward(*tensors, prompt_ids, weights, mode=mode, scale=scale)
+
+    return *torch.func.vjp(first, *tensors)[1](grads), *[None] * 5
 
 
 for _name, _backward, _setup in (
@@ -128,5 +152,6 @@ for _name, _backward, _setup in (
     ("scatter_windows", _scatter_backward, _scatter_setup),
     ("guided_step", _step_backward, _step_setup),
     ("regional_attention", _attention_backward, _attention_setup),
+    ("regional_attention_backward", _attention_second_backward, _attention_setup),
 ):
     torch.library.register_autograd(f"instantas::{_name}", _backward, setup_context=_setup)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+from torch.autograd import forward_ad
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from instantas.ops.registration import weight_total
@@ -14,9 +15,11 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def tracing(tensor) -> bool:
-    """Whether values cannot be read now: under torch.compile, for fake tensors, in a CUDA graph capture."""
+    """Whether values cannot be read now: under torch.compile, for fake or meta tensors, in a CUDA graph capture."""
     return (
         torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or tensor.is_meta
         or type(tensor) not in (torch.Tensor, torch.nn.Parameter)
         or (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
     )
@@ -31,6 +34,8 @@ def check_tensor(name, tensor, layout, shape, *, dtypes=DTYPES, like=None, devic
     """shape: the expected sizes, None where any will do; like: a tensor whose dtype and device it must share."""
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{name}: expected a tensor {layout}, got {type(tensor).__name__}")
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None:
+        raise NotImplementedError(f"{name}: expected no forward-mode derivative, as only the reverse mode has them")
     if tensor.dim() != len(shape) or any(s is not None and t != s for t, s in zip(tensor.shape, shape)):
         wanted = ", ".join("any" if s is None else str(s) for s in shape)
         raise ValueError(f"{name}: expected {layout} = ({wanted}), got {tuple(tensor.shape)}")
@@ -62,9 +67,20 @@ def finite(name, value) -> float:
         value = float(value)
     except (TypeError, ValueError) as error:
         raise TypeError(f"{name}: expected a number, got {value!r}") from error
-    if not abs(value) < math.inf:  # unlike math.isfinite also for symbols, under torch.compile(dynamic=True)
+    if not math.isfinite(value):
         raise ValueError(f"{name}: expected a finite number, got {value}")
     return value
+
+
+def traced_number(name, value, device) -> torch.Tensor:
+    """A float64 scalar that a compiled graph computes: a Python number in it would be a graph for each value."""
+    if isinstance(value, torch.Tensor):
+        if value.dim():
+            raise ValueError(f"{name}: expected a number, got shape {tuple(value.shape)}")
+        check_constant(name, value)
+        return value.to(device, torch.float64)
+    value = value if isinstance(value, (int, float)) else finite(name, value)
+    return torch.ones((), dtype=torch.float64, device=device) * value
 
 
 _sound_weights = WeakTensorKeyDictionary()  # weight -> its version, the (plan, dtype) with which it was found right
@@ -81,8 +97,10 @@ def check_weight(weight, plan, like):
     check_constant("weight", weight)
     if tracing(weight):
         return
-    version, uses = _sound_weights.get(weight, (None, None))
-    if version == weight._version and (plan, dtype) in uses:
+    # an inference tensor does not say whether it was changed: it is looked at every time
+    version = math.nan if weight.is_inference() else weight._version
+    seen, uses = _sound_weights.get(weight, (version, frozenset()))
+    if seen == version and (plan, dtype) in uses:
         return
     total = weight_total(weight.to(dtype), plan.tables(device), plan.geometry)
     if not (total.isfinite().all() and (weight >= 0).all()):
@@ -90,7 +108,7 @@ def check_weight(weight, plan, like):
     if not (total > 0).all():
         y, x = (total <= 0).nonzero()[0].tolist()
         raise ValueError(f"weight: expected some weight over every cell of the canvas, got none at ({y}, {x})")
-    _sound_weights[weight] = weight._version, (uses if version == weight._version else set()) | {(plan, dtype)}
+    _sound_weights[weight] = version, (uses if seen == version else frozenset()) | {(plan, dtype)}
 
 
 def vector(name, values, device) -> torch.Tensor:
@@ -106,5 +124,6 @@ def vector(name, values, device) -> torch.Tensor:
         values = list(values)
     except TypeError as error:
         raise TypeError(f"{name}: expected numbers or a tensor of them, got {values!r}") from error
-    values = [finite(name, v) for v in values]
-    return torch.tensor(values, dtype=torch.float64, device=device)
+    if torch.compiler.is_compiling():
+        return torch.stack([traced_number(name, v, device) for v in values])
+    return torch.tensor([finite(name, v) for v in values], dtype=torch.float64, device=device)

@@ -121,7 +121,7 @@ class RegionalPrompts:
             raise ValueError("regions: expected a RegionMap, and base prompts set before, where windows are evaluated")
         device = self.regions.masks.device
         placed = rows.to(device)
-        self._where = plan, rows, plan.tables(device)[0][placed[:, 1]], progress, view, False
+        self._where = plan, rows, plan.tables(device).origins[placed[:, 1]], progress, view, False
 
     def at_step(self, context) -> None:
         """As `at`, of the windows of a `sampler.StepContext`; waits for no device."""

@@ -240,7 +240,10 @@ class RegionMap:
         """(pictures, 1 + R, rows, columns) float32: the base prompt's share and the regions' at a point of the run."""
         says = self.says(progress)
         if says not in self._latest:
-            self._latest.clear()
+            if self.semantic_schedule != "constant":
+                # shares under a schedule come once; all others may come again, and be what a CUDA graph reads
+                for past in [past for past in self._latest if any(map(any, past))]:
+                    self._latest.pop(past, None)
             factor = self.masks.new_zeros(self.masks.shape[:2])
             for picture, row in enumerate(says):
                 for region, share in enumerate(row):
@@ -259,7 +262,7 @@ class RegionMap:
             view: what the windows are cut from (`instantas.sampling.bridging.View`); None: the canvas.
         """
         placed = rows.to(self.masks.device)
-        origins = plan.tables(placed.device)[0][placed[:, 1]]
+        origins = plan.tables(placed.device).origins[placed[:, 1]]
         return self.windows_at(plan, placed[:, 0], origins, progress, view)
 
     def windows_at(
@@ -267,7 +270,7 @@ class RegionMap:
     ) -> torch.Tensor:
         """As `windows`, of windows said on the masks' device: (m,) int64 pictures, (m, 2) integer origins (y, x)."""
         shares = self.shares(progress)
-        shares = shares if view is None else view.see(shares)
+        shares = shares if view is None else view.apply(shares)
         if (plan.height, plan.width) != shares.shape[-2:]:
             raise ValueError(
                 f"plan: expected {shares.shape[-2]} x {shares.shape[-1]} cells, got {plan.height} x {plan.width}"

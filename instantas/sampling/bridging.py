@@ -18,7 +18,7 @@ import torch
 
 from instantas import ops
 from instantas.checks import real
-from instantas.windows import WindowPlan
+from instantas.windows import WindowPlan, outside_of_modes
 
 WINDOWS, VIEW, PREDICTION = "the windows", "the view", "the prediction"  # no two joined bridges choose the same
 
@@ -35,22 +35,26 @@ class View:
     columns: torch.Tensor
     _placed: dict = field(default_factory=dict, init=False, repr=False)
 
-    def see(self, canvas: torch.Tensor) -> torch.Tensor:
+    def __reduce__(self):
+        return type(self), (self.rows, self.columns)
+
+    def apply(self, canvas: torch.Tensor) -> torch.Tensor:
         """(..., H, W) -> (..., len(rows), len(columns))."""
         rows, columns, _, _ = self.on(canvas.device)
         return canvas.index_select(-2, rows).index_select(-1, columns)
 
-    def back(self, seen: torch.Tensor) -> torch.Tensor:
-        """The inverse of `see`; of a cell that was seen more than once, the first."""
+    def invert(self, seen: torch.Tensor) -> torch.Tensor:
+        """The inverse of `apply`; of a cell that was seen more than once, the first."""
         _, _, rows, columns = self.on(seen.device)
         return seen.index_select(-2, rows).index_select(-1, columns)
 
     def on(self, device: torch.device) -> tuple[torch.Tensor, ...]:
         """rows and columns, and the places in them where each cell is seen first; copied to a device once."""
         if device not in self._placed:
-            seen = self.rows, self.columns
-            first = (torch.from_numpy(np.unique(index.numpy(), return_index=True)[1]) for index in seen)
-            self._placed[device] = tuple(index.to(device) for index in (*seen, *first))
+            cells = self.rows.numpy(), self.columns.numpy()
+            first = (np.unique(index, return_index=True)[1] for index in cells)
+            with outside_of_modes():
+                self._placed[device] = tuple(torch.from_numpy(index).to(device) for index in (*cells, *first))
         return self._placed[device]
 
 
@@ -330,12 +334,11 @@ def bridge(name) -> Bridge | None:
         raise TypeError(f"bridging: expected a name or a bridge, got {type(name).__name__}")
     if name == "none":
         return None
-    parts = [DEFAULT if part == "default" else part for part in name.split("+")]
-    for part in parts:
-        if part not in BRIDGES:
-            known = ", ".join(["none", "default", *BRIDGES])
-            raise ValueError(f"bridging: expected one of {known}, or several joined by '+', got {name!r}")
-    return BRIDGES[parts[0]] if len(parts) == 1 else Joined(tuple(BRIDGES[part] for part in parts))
+    names = [DEFAULT if each == "default" else each for each in name.split("+")]
+    if not all(each in BRIDGES for each in names):
+        offered = ", ".join(["none", "default", *BRIDGES])
+        raise ValueError(f"bridging: expected one of {offered}, or several joined by '+', got {name!r}")
+    return BRIDGES[names[0]] if len(names) == 1 else Joined(tuple(BRIDGES[each] for each in names))
 
 
 def evaluations(bridging, plan: WindowPlan, steps: int) -> int:

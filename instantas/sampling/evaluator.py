@@ -44,22 +44,22 @@ class Evaluator:
             some = slice(start, start + self.batch)
             given = windows[some]
             try:
-                part = _pair(self.denoiser(given, context.timestep, context.part(some)), given)
+                predicted = _pair(self.denoiser(given, context.timestep, context.subset(some)), given)
             except RuntimeError as error:
                 if len(given) == 1 or context.captured or not _out_of_memory(error):
                     raise
-                part = None
-            if part is None:  # outside of the handler, which keeps what the failed call had allocated
+                predicted = None
+            if predicted is None:  # outside of the handler, which keeps what the failed call had allocated
                 self._halve(len(given), windows.device)
                 continue
             self._warn()
             if len(given) == len(windows):
-                return part
+                return predicted
             if whole is None:  # filled batch by batch, so that no prediction is held twice
-                whole = tuple(p if p is None else torch.empty_like(windows) for p in part)
-            if (whole[1] is None) != (part[1] is None):
+                whole = tuple(p if p is None else torch.empty_like(windows) for p in predicted)
+            if (whole[1] is None) != (predicted[1] is None):
                 raise ValueError("denoiser: expected uncond for all windows or for none, got it for a part of them")
-            for target, p in zip(whole, part):
+            for target, p in zip(whole, predicted):
                 if p is not None:
                     target[some] = p
             start += len(given)
@@ -87,7 +87,7 @@ def _pair(prediction, windows):
     pair = prediction if isinstance(prediction, (tuple, list)) else (prediction, None)
     if len(pair) != 2:
         raise ValueError(f"denoiser: expected a prediction or a pair (cond, uncond), got {len(pair)} values")
-    for part in pair:
-        if part is not None and part.shape != windows.shape:
-            raise ValueError(f"denoiser: expected predictions of shape {tuple(windows.shape)}, got {tuple(part.shape)}")
-    return tuple(part if part is None else part.to(windows.dtype) for part in pair)
+    for each in pair:
+        if each is not None and each.shape != windows.shape:
+            raise ValueError(f"denoiser: expected predictions of shape {tuple(windows.shape)}, got {tuple(each.shape)}")
+    return tuple(each if each is None else each.to(windows.dtype) for each in pair)

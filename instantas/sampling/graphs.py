@@ -7,7 +7,6 @@ taking the row that a counter on the device says, and adding one to the counter.
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
@@ -16,7 +15,7 @@ import numpy as np
 import torch
 
 from instantas.sampling.noise import Level
-from instantas.windows import WindowPlan
+from instantas.windows import PlanTables, WindowPlan
 
 
 class CudaGraph:
@@ -101,7 +100,7 @@ def _kind(step, phase):
         (plan.height, plan.width, plan.window, plan.wrap),
         tuple(context.rows[:, 0].tolist()),
         plan.count if step.chosen is None or weight is not None and weight.dim() == 3 else None,
-        step.before is None,
+        step.previous_level is None,
         _value(weight),
         phase and phase(context),
     )
@@ -120,11 +119,11 @@ class _Rows:
 
     def __init__(self, steps):
         device, most = steps[0].context.pictures.device, max(step.context.plan.count for step in steps)
-        self.device, self.plan = device, _filled(steps[0].context.plan, most)
+        self.plan = _filled(steps[0].context.plan, most)
         tables = [_filled(step.context.plan, most).tables(torch.device("cpu")) for step in steps]
-        longest = max(len(index) for _, _, index in tables)
-        columns = [[torch.nn.functional.pad(index, (0, longest - len(index))) for _, _, index in tables]]
-        columns += [[table[i] for table in tables] for i in (1, 0)]
+        longest = max(len(table.cover_index) for table in tables)
+        columns = [[table.origins for table in tables], [table.cover_start for table in tables]]
+        columns.append([torch.nn.functional.pad(t.cover_index, (0, longest - len(t.cover_index))) for t in tables])
         columns += [[getattr(step.context, name) for step in steps] for name in ("origins", "timestep")]
         columns += [[getattr(step, name) for step in steps] for name in ("coefficients", "keep", "scale")]
         columns.append([_levels(step) for step in steps])
@@ -141,15 +140,14 @@ class _Rows:
 
     def step(self, like, captured):
         """The step of the row that was taken, an alike one saying what is the same for all."""
-        index, start, places, origins, timestep, coefficients, keep, scale, levels, chosen = self.now
-        plan = copy.copy(self.plan)
-        object.__setattr__(plan, "_tables", {self.device: (places, start, index)})
-        level, before = (
+        *tables, origins, timestep, coefficients, keep, scale, noise_levels, chosen = self.now
+        plan = self.plan.with_tables(PlanTables(*tables))
+        level, previous_level = (
             old and Level(signal, noise, old.predicts)
-            for old, (signal, noise) in zip((like.context.level, like.before), levels)
+            for old, (signal, noise) in zip((like.context.level, like.previous_level), noise_levels)
         )
         context = replace(like.context, plan=plan, timestep=timestep, level=level, origins=origins, captured=captured)
-        numbers = dict(coefficients=coefficients, keep=keep, scale=scale, before=before)
+        numbers = dict(coefficients=coefficients, keep=keep, scale=scale, previous_level=previous_level)
         return replace(like, context=context, chosen=None if like.chosen is None else chosen, **numbers)
 
 
@@ -159,5 +157,5 @@ def _filled(plan, count):
 
 
 def _levels(step):
-    levels = (step.context.level, step.before)
+    levels = (step.context.level, step.previous_level)
     return torch.tensor([(level.signal, level.noise) if level else (0.0, 0.0) for level in levels])

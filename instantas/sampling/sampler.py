@@ -52,7 +52,7 @@ class StepContext:
     origins: torch.Tensor | None = None
     captured: bool = False
 
-    def part(self, some: slice) -> StepContext:
+    def subset(self, some: slice) -> StepContext:
         """The context of a part of the windows."""
         return replace(self, rows=self.rows[some], pictures=self.pictures[some], origins=self.origins[some])
 
@@ -122,7 +122,7 @@ def sample(
     check_settings(len(latents), guidance_rescale, eta, generator)
     set_timesteps(scheduler, num_inference_steps, timesteps, latents.device)
     stages = _stages(bridging, plan, len(scheduler.timesteps), weight, latents.device)
-    known = _levels(scheduler, stages)
+    noise_levels = _levels(scheduler, stages)
     _check_step(latents, [(Stage(plan), weight), *stages], guidance_scale)
     recurrence = probe(scheduler, eta)
     _check_graph(cuda_graph, latents, scheduler, recurrence)
@@ -130,7 +130,7 @@ def sample(
     update = _LinearUpdate(recurrence) if recurrence else _SchedulerUpdate(scheduler, generator, eta)
     reuse = any(stage.evaluated is not None for stage, _ in stages)
     advance = _Advance(evaluate, update, guidance_scale, guidance_rescale, plan, reuse)
-    steps = _steps(latents, scheduler.timesteps, stages, known, recurrence)
+    steps = _steps(latents, scheduler.timesteps, stages, noise_levels, recurrence)
     if cuda_graph:
         advance = StepGraphs(advance, steps, getattr(denoiser, "phase", None))
     state = State(latents * getattr(scheduler, "init_noise_sigma", 1.0), update.history(latents))
@@ -167,7 +167,7 @@ class Step:
         context: of all windows evaluated.
         chosen: indices of these among the plan's windows; None: all.
         weight: overlap weight.
-        before: noise level of the step before.
+        previous_level: noise level of the step before.
         coefficients, keep, scale: of `schedulers.Recurrence`; None for a scheduler that has none.
     """
 
@@ -175,7 +175,7 @@ class Step:
     stage: Stage
     chosen: torch.Tensor | None
     weight: torch.Tensor | None
-    before: Level | None
+    previous_level: Level | None
     coefficients: torch.Tensor | None = None
     keep: torch.Tensor | None = None
     scale: torch.Tensor | None = None
@@ -193,18 +193,18 @@ class _Advance:
         stage, context, chosen, weight = step.stage, step.context, step.chosen, step.weight
         plan, whole, guidance = context.plan, self.whole, self.guidance
         noisy = self.update.scale(state.canvas, step)
-        seen = noisy if stage.view is None else stage.view.see(noisy)
+        seen = noisy if stage.view is None else stage.view.apply(noisy)
         cond, uncond = _evaluated(self.evaluate, ops.gather_windows(seen, plan), chosen, context)
         if stage.view is not None:
             merged = (p if p is None else ops.scatter_windows(p, plan) for p in (cond, uncond))
-            cond, uncond = (p if p is None else stage.view.back(p)[:, None] for p in merged)
+            cond, uncond = (p if p is None else stage.view.invert(p)[:, None] for p in merged)
             plan, weight = whole, None
         latest = {}
         if self.reuse:
             fresh = None if cond is None else (cond, uncond)
-            parts = _latest(fresh, chosen, plan, weight, state, step, noisy)
-            latest = dict(zip(("cond", "uncond"), parts), noisy=noisy)
-            cond, uncond = (p if p is None else p[:, None] for p in parts)
+            kept = _latest(fresh, chosen, plan, weight, state, step, noisy)
+            latest = dict(zip(("cond", "uncond"), kept), noisy=noisy)
+            cond, uncond = (p if p is None else p[:, None] for p in kept)
             plan, weight = whole, None
         if uncond is not None and self.rescale > 0:
             merged = _rescaled(cond, uncond, plan, weight, guidance, self.rescale)
@@ -304,14 +304,14 @@ def _evaluated(evaluate, windows, chosen, context):
 
 
 def _latest(fresh, chosen, plan, weight, state, step, noisy):
-    """The latest predictions (cond, uncond): of the evaluated windows where one covers the cell, else those known."""
-    known = state.cond, state.uncond
-    if step.before is not None:
-        known = tuple(p if p is None else step.before.carry(p, state.noisy, step.context.level) for p in known)
+    """The latest predictions (cond, uncond): of the evaluated windows where one covers the cell, else the ones before."""
+    latest = state.cond, state.uncond
+    if (previous := step.previous_level) is not None:
+        latest = tuple(p if p is None else previous.carry(p, state.noisy, step.context.level) for p in latest)
     if fresh is None:
-        return known
+        return latest
     share = None if chosen is None else _share(chosen, plan, weight, noisy.device)
-    return tuple(_over(p, old, share, plan, weight) for p, old in zip(fresh, known))
+    return tuple(_over(p, old, share, plan, weight) for p, old in zip(fresh, latest))
 
 
 def _share(chosen, plan, weight, device):
@@ -328,11 +328,11 @@ def _over(fresh, latest, share, plan, weight):
     return torch.where(share > 0, merged.to(fresh.dtype), latest)
 
 
-def _steps(latents, timesteps, stages, known, recurrence):
+def _steps(latents, timesteps, stages, noise_levels, recurrence):
     """All steps, with everything from the host copied before the first: the loop waits for no device."""
     device, steps, like = latents.device, [], {}
     numbers = recurrence and recurrence.to(device)
-    for i, (t, level, (stage, weight)) in enumerate(zip(timesteps, known, stages)):
+    for i, (t, level, (stage, weight)) in enumerate(zip(timesteps, noise_levels, stages)):
         key = stage.plan.count, None if stage.evaluated is None else tuple(stage.evaluated.tolist())
         if key not in like:
             windows = torch.arange(stage.plan.count)
@@ -343,9 +343,9 @@ def _steps(latents, timesteps, stages, known, recurrence):
         rows, placed, chosen = like[key]
         if stage.view is not None:
             stage.view.on(device)
-        pictures, origins = placed[:, 0], stage.plan.tables(device)[0][placed[:, 1]]
+        pictures, origins = placed[:, 0], stage.plan.tables(device).origins[placed[:, 1]]
         context = StepContext(i, len(stages), t, stage.plan, rows, level, stage.view, pictures, origins)
-        step = Step(context, stage, chosen, weight, known[i - 1] if i else None)
+        step = Step(context, stage, chosen, weight, noise_levels[i - 1] if i else None)
         if recurrence:
             table = numbers.coefficients[i], numbers.keep[i], numbers.input_scale[i]
             step = replace(step, **dict(zip(("coefficients", "keep", "scale"), table)))
@@ -355,6 +355,7 @@ def _steps(latents, timesteps, stages, known, recurrence):
 
 def _stages(bridging, plan, steps, weight, device):
     """(stage, overlap weight) of every step."""
+    weight = _tracked(weight)
     if bridging is None:
         return [(Stage(plan), weight)] * steps
     stages = [bridging.step(i, steps, plan) for i in range(steps)]
@@ -371,18 +372,26 @@ def _stages(bridging, plan, steps, weight, device):
             raise ValueError(f"bridging: expected evaluated as {wanted} bool, got {stage.evaluated} at step {i}")
         if i == 0 and not stage.evaluated.all():
             raise ValueError("bridging: expected every window evaluated at step 0, as there is nothing to re-use")
-    return [(stage, weight if stage.weight is None else stage.weight.to(device)) for stage in stages]
+    return [(stage, weight if stage.weight is None else _tracked(stage.weight.to(device))) for stage in stages]
+
+
+def _tracked(weight):
+    """A weight that says whether it was changed, which an inference tensor does not: its values are read once."""
+    if not isinstance(weight, torch.Tensor) or not weight.is_inference():
+        return weight
+    with torch.inference_mode(False):
+        return weight.clone()
 
 
 def _levels(scheduler, stages):
     """The noise level of each step, None where nothing is known of it and nobody asks."""
-    known = levels(scheduler)
-    if known is None and any(stage.adjust is not None for stage, _ in stages):
+    found = levels(scheduler)
+    if found is None and any(stage.adjust is not None for stage, _ in stages):
         raise ValueError(
             "bridging: expected a scheduler with alphas_cumprod or flow sigmas, as the bridge adjusts predictions, got "
             f"{type(scheduler).__name__}"
         )
-    return known or [None] * len(stages)
+    return found or [None] * len(stages)
 
 
 def _check_run(latents, plan):

@@ -248,8 +248,8 @@ def test_views_show_every_cell_and_are_undone_for_500_sizes():
         stage = Dilated().step(0, 10, plan)
         view, (h, w) = stage.view, plan.window
         cells = torch.arange(plan.height * plan.width).reshape(1, 1, plan.height, plan.width)
-        seen = view.see(cells)
-        assert torch.equal(view.back(seen), cells)
+        seen = view.apply(cells)
+        assert torch.equal(view.invert(seen), cells)
         assert stage.plan.count == plan.count
         for index, length, window in ((view.rows, plan.height, h), (view.columns, plan.width, w)):
             each = index.reshape(-1, window)

@@ -300,3 +300,42 @@ def test_memory_that_runs_out_in_a_capture_is_not_tried_again(recording):
 
     with pytest.raises(torch.OutOfMemoryError):
         both(hungry, recording)
+
+
+# What a capture has read
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+@pytest.mark.parametrize("ends", [(0.25, 0.75), (0.3, 0.6)])
+def test_a_region_that_turns_on_and_off(recording, schedule, ends):
+    """The graph of the steps before is replayed after: the shares that it reads are still there."""
+    pipe = InstantASPipeline.from_pipe(tiny.tiny_pipeline())
+    regions = [Region("grass", box=(0.0, 0.0, 0.5, 1.0), start=ends[0], end=ends[1])]
+    settings = dict(regions=regions, semantic_schedule=schedule, bridging="none", num_inference_steps=16)
+    torch.testing.assert_close(paint(pipe, True, **settings), paint(pipe, **settings), rtol=1e-4, atol=1e-4)
+    assert len(recording) == 1 + (schedule == "constant")
+
+
+def test_two_regions_in_turn(recording):
+    pipe = InstantASPipeline.from_pipe(tiny.tiny_pipeline())
+    regions = [
+        Region("grass", box=(0.0, 0.0, 0.5, 1.0), start=0.25, end=0.5),
+        Region("stone", box=(0.5, 0.0, 1.0, 1.0), start=0.75),
+    ]
+    settings = dict(regions=regions, bridging="none", num_inference_steps=16)
+    torch.testing.assert_close(paint(pipe, True, **settings), paint(pipe, **settings), rtol=1e-4, atol=1e-4)
+    assert len(recording) == 3
+
+
+def test_the_recorder_sees_memory_that_was_freed():
+    values, held = [torch.ones(3)], torch.zeros(3)
+    graph = recorded.Recorded(lambda: held.add_(values[0] * 2), None)
+    assert held.tolist() == [0, 0, 0]  # recording changes nothing
+    graph.replay()
+    assert held.tolist() == [2, 2, 2]
+    values[0].fill_(2)
+    graph.replay()
+    assert held.tolist() == [6, 6, 6]
+    values.clear()
+    with pytest.raises(RuntimeError, match="memory which has been freed"):
+        graph.replay()
