@@ -9,10 +9,10 @@ STAMP := .venv/.installed
 setup: $(STAMP)
 
 # torch first, by its exact version: a looser requirement would fetch gigabytes of CUDA packages on a machine without a GPU.
-# No build isolation: the extension in csrc/ is compiled against the torch that will load it.
-$(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
+# No build isolation: what builds is what is there, and nothing is fetched for it.
+$(STAMP): pyproject.toml setup.py constraints.txt instantas/ops/schemas.py instantas/ops/stamp.py $(wildcard csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -q -c constraints.txt torch setuptools wheel ninja
+	$(BIN)/python -m pip install -q -c constraints.txt torch 'setuptools>=77'
 	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[$(EXTRAS)]'
 	touch $@
 

@@ -1,31 +1,42 @@
 """Package layout, and the native libraries that this machine can build. The metadata is in pyproject.toml.
 
 Two libraries from csrc/, both optional: the host's and CUDA's. They use PyTorch's stable ABI alone, so one binary
-serves torch >= 2.10 and every Python. What cannot be built is left out, with a line that says why.
+serves torch >= 2.10 and every Python. A note beside each says what it was built from and for, or why it was left out.
 
 CXX names the C++ compiler, CUDA_HOME the toolkit, TORCH_CUDA_ARCH_LIST the architectures (default: those of the devices
-here; without a device, 8.0 and 9.0a).
+here, and what comes after them; without a device, 8.0+PTX and 9.0a).
 """
 
 import importlib.metadata
-import importlib.util
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import NamedTuple
+
+import setuptools
+
+if int(setuptools.__version__.split(".")[0]) < 77:
+    sys.exit(f"instantas: setuptools>=77 builds it, here is {setuptools.__version__}: pip install 'setuptools>=77'")
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 SOURCES = Path("csrc")
+STAMP = Path("instantas", "ops", "stamp.py")
+STABLE_ABI = "2.10"  # of torch: the oldest that the libraries run with
 FLAGS = ["-std=c++17", "-O3", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
-DEFAULT_ARCHITECTURES = "8.0;9.0a"
+DEFAULT_ARCHITECTURES = ["8.0+PTX", "9.0a"]
+
+stamp = runpy.run_path(str(STAMP))  # importing the package would import torch
 
 
 class Recipe(NamedTuple):
@@ -34,17 +45,21 @@ class Recipe(NamedTuple):
     compile: list[str]
     link: list[str]
     libraries: list[str]
-    architectures: str = ""  # for the note beside the library
+    architectures: tuple[str, ...] = ()
 
 
 def torch_folder() -> Path:
-    """Where torch is, for its headers and libraries."""
-    spec = importlib.util.find_spec("torch")
-    if spec is None:
-        raise LookupError("torch is not in the build environment (install it, then build with --no-build-isolation)")
-    version = importlib.metadata.version("torch")
-    if tuple(map(int, version.split(".")[:2])) < (2, 10):
-        raise LookupError(f"torch {version} is older than 2.10")
+    """Where torch is, for its headers and libraries.
+
+    An environment that pip makes for the build alone hides torch, but runs the Python of the one it installs into.
+    """
+    paths = [*sys.path, sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
+    spec = PathFinder.find_spec("torch", paths)
+    found = [d.version for d in importlib.metadata.distributions(name="torch", path=paths)]
+    if spec is None or spec.origin is None or not found:
+        raise LookupError("torch was not there when it was built")
+    if tuple(map(int, found[0].split(".")[:2])) < tuple(map(int, STABLE_ABI.split("."))):
+        raise LookupError(f"torch {found[0]} was there when it was built, {STABLE_ABI} or later is needed")
     return Path(spec.origin).parent
 
 
@@ -55,20 +70,39 @@ def host_compiler() -> list[str]:
     raise LookupError("there is no C++ compiler (CXX, g++, clang++ or c++)")
 
 
-def architectures() -> list[str]:
-    """Such as ["8.0", "9.0a+PTX"]."""
-    listed = os.environ.get("TORCH_CUDA_ARCH_LIST")
-    if not listed:
-        import torch
+def device_capabilities(torch: Path) -> list[str]:
+    """Such as ["8.6", "9.0"], of the devices here."""
+    code = (
+        "import torch; n = torch.cuda.device_count();"
+        "print(*sorted({'%d.%d' % torch.cuda.get_device_capability(i) for i in range(n)}, key=float))"
+    )
+    environment = os.environ | {"PYTHONPATH": str(torch.parent)}
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True).stdout.split()
 
-        capabilities = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
-        listed = ";".join(f"{major}.{minor}" for major, minor in sorted(capabilities)) or DEFAULT_ARCHITECTURES
-    found = re.split(r"[;,\s]+", listed.strip())
-    if wrong := [a for a in found if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", a)]:
+
+def architectures(torch: Path) -> list[str]:
+    """Such as ["8.0+PTX", "9.0a"]: what is asked for, of what the kernels run on."""
+    asked = re.findall(r"[^;,\s]+", os.environ.get("TORCH_CUDA_ARCH_LIST", ""))
+    if wrong := [a for a in asked if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", a)]:
         raise LookupError(f"TORCH_CUDA_ARCH_LIST: expected entries such as 8.0 or 9.0a+PTX, got {', '.join(wrong)}")
-    if old := [a for a in found if int(a.split(".")[0]) < 8]:
-        raise LookupError(f"TORCH_CUDA_ARCH_LIST: the kernels need 8.0 or later, got {', '.join(old)}")
-    return found
+    if not asked and (here := device_capabilities(torch)):
+        asked = [*here[:-1], f"{here[-1]}+PTX"]
+    asked = asked or DEFAULT_ARCHITECTURES
+    old = [a for a in asked if int(a.split(".")[0]) < 8]
+    if old == asked:
+        raise LookupError(f"the kernels need compute capability 8.0, not {', '.join(old)}")
+    if old:
+        print(f"instantas: left out {', '.join(old)}: the kernels need compute capability 8.0", file=sys.stderr)
+    return [a for a in asked if a not in old]
+
+
+def targets(architectures: list[str]) -> list[str]:
+    """Such as ["sm_80", "compute_80", "sm_90a"]: machine code for each, and PTX where it is asked for."""
+    names = []
+    for architecture in architectures:
+        number = architecture.removesuffix("+PTX").replace(".", "")
+        names += [f"sm_{number}", f"compute_{number}"] if architecture.endswith("+PTX") else [f"sm_{number}"]
+    return list(dict.fromkeys(names))
 
 
 def host_recipe(work: Path) -> Recipe:
@@ -83,13 +117,8 @@ def cuda_recipe(work: Path) -> Recipe:
     nvcc = shutil.which("nvcc", path=os.path.join(home, "bin") if home else None)
     if nvcc is None:
         raise LookupError(f"there is no nvcc in {home or 'PATH'}")
-    targets, names = [], []
-    for architecture in architectures():
-        number = architecture.removesuffix("+PTX").replace(".", "")
-        names.append(f"sm_{number}")
-        targets += ["-gencode", f"arch=compute_{number},code=sm_{number}"]
-        if architecture.endswith("+PTX"):
-            targets += ["-gencode", f"arch=compute_{number},code=compute_{number}"]
+    names = targets(architectures(torch))
+    generated = [f"-gencode=arch=compute_{n.partition('_')[2]},code={n}" for n in names]
     # torch built for a CPU has no libtorch_cuda: an empty library of that name stands in for it at link time
     work.mkdir(parents=True, exist_ok=True)
     empty = [*host, "-shared", "-x", "c++", os.devnull, "-Wl,-soname,libtorch_cuda.so"]
@@ -97,7 +126,7 @@ def cuda_recipe(work: Path) -> Recipe:
     flags = [*FLAGS, "-DUSE_CUDA", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-isystem", str(torch / "include")]
     libraries = [f"-L{torch / 'lib'}", f"-L{work}", "-Xlinker", "--no-as-needed", "-ltorch_cuda", "-ltorch_cpu"]
     compiler = [nvcc, "-ccbin", shutil.which(host[0])]
-    return Recipe([*compiler, *flags, *targets], [*compiler, "-shared"], libraries, ", ".join(names))
+    return Recipe([*compiler, *flags, *generated], [*compiler, "-shared"], libraries, tuple(names))
 
 
 RECIPES = {"instantas.libinstantas_cpu": host_recipe, "instantas.libinstantas_cuda": cuda_recipe}
@@ -117,23 +146,34 @@ class BuildLibraries(build_ext):
     def build_extension(self, extension):
         library = Path(self.get_ext_fullpath(extension.name))
         work = Path(self.build_temp) / extension.name
+        library.parent.mkdir(parents=True, exist_ok=True)
+        note = stamp["Note"](self.distribution.get_version())
         try:
             if not sys.platform.startswith("linux"):
                 raise LookupError(f"it is built on Linux, this is {sys.platform}")
-            self.build(RECIPES[extension.name](work), extension, library, work)
-        except (LookupError, subprocess.CalledProcessError) as reason:
+            recipe = RECIPES[extension.name](work)
+            self.build(recipe, extension, library, work)
+        except (LookupError, subprocess.CalledProcessError) as error:
             library.unlink(missing_ok=True)
-            print(f"instantas: left out {library.name}: {reason}", file=sys.stderr)
+            note = note._replace(left_out=left_out(error))
+            print(f"instantas: left out {library.name}: {note.left_out}", file=sys.stderr)
+        else:
+            note = note._replace(
+                sources=stamp["fingerprint"](),
+                torch=STABLE_ABI,
+                architectures=recipe.architectures,
+                digest=stamp["digest"](library),
+            )
+        stamp["write"](library, note)
 
     def build(self, recipe, extension, library, work):
-        inputs = [__file__, *extension.sources, *extension.depends]
-        stamp = shlex.join([*recipe.compile, *recipe.link, *recipe.libraries])
-        made = work / "command"
-        fresh = library.exists() and made.exists() and made.read_text() == stamp
-        if fresh and not self.force and library.stat().st_mtime > max(os.path.getmtime(name) for name in inputs):
+        """Build it unless it is what these commands made of these sources."""
+        made, inputs = work / "made", [*extension.sources, *extension.depends]
+        commands = shlex.join([*recipe.compile, *recipe.link, *recipe.libraries])
+        state = lambda: "\n".join([commands, *map(stamp["digest"], map(Path, [*inputs, library]))])  # noqa: E731
+        if not self.force and library.exists() and made.exists() and made.read_text() == state():
             return
         work.mkdir(parents=True, exist_ok=True)
-        library.parent.mkdir(parents=True, exist_ok=True)
         objects = {source: str(work / Path(source).with_suffix(".o").name) for source in extension.sources}
 
         def compile_one(source):
@@ -141,17 +181,32 @@ class BuildLibraries(build_ext):
 
         with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
             list(pool.map(compile_one, extension.sources))
-        command = [*recipe.link, *objects.values(), *recipe.libraries, "-o", str(library)]
-        subprocess.run(command, check=True)
-        if recipe.architectures:
-            library.with_suffix(".arch").write_text(recipe.architectures + "\n")
-        made.write_text(stamp)
+        subprocess.run([*recipe.link, *objects.values(), *recipe.libraries, "-o", str(library)], check=True)
+        made.write_text(state())
         print(f"instantas: built {library.name}", file=sys.stderr)
 
     def copy_extensions_to_source(self):
-        super().copy_extensions_to_source()
-        for note in Path(self.build_lib).glob("instantas/*.arch"):
-            self.copy_file(str(note), str(Path("instantas", note.name)))
+        """Put in place what was built; what was left out leaves a library from before, which its own note judges."""
+        for placed in map(Path, map(self.get_ext_filename, RECIPES)):
+            built = self.build_lib / placed
+            if built.exists():
+                replace(built, placed)
+            if built.exists() or not placed.exists():
+                replace(stamp["note_path"](built), stamp["note_path"](placed))
+
+
+def left_out(error: Exception) -> str:
+    """Why a library was left out, in a line."""
+    if isinstance(error, subprocess.CalledProcessError):
+        return f"{Path(error.cmd[0]).name} failed (pip install -v shows its messages)"
+    return str(error)
+
+
+def replace(source: Path, target: Path) -> None:
+    """Copy in one step: the target may be loaded by a process that runs."""
+    part = target.with_name(f"{target.name}.part")
+    shutil.copy(source, part)
+    os.replace(part, target)
 
 
 class Wheel(bdist_wheel):

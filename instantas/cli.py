@@ -19,6 +19,7 @@ import torch
 
 from instantas import __version__, ops
 from instantas.files import check_writable, whole_file
+from instantas.ops.backend import BACKENDS
 from instantas.regions import SCHEDULES, Region, RegionMap, load_regions
 from instantas.sampling.bridging import BRIDGES, DEFAULT
 from instantas.windows import WindowPlan
@@ -292,7 +293,7 @@ def info():
         click.echo(f"  cuda:{i}        {properties.name}, sm_{properties.major}{properties.minor}, {memory}")
     click.echo("backends")
     for name, state in ops.backends().items():
-        click.echo(f"  {name:<13} {state}")
+        click.echo(f"  {name:<13} {BACKENDS[name].description}: {state}")
 
 
 def _version(package: str) -> str:

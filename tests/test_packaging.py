@@ -1,19 +1,27 @@
 """The package as a stranger gets it: a checkout, an editable install, a wheel; with and without extras or compilers."""
 
 import importlib.util
+import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
 import sysconfig
 import zipfile
 from pathlib import Path
+from unittest import mock
 
 import pytest
+
+from instantas import __version__
+from instantas.ops import stamp
 
 ROOT = Path(__file__).parents[1]
 EXTRAS = ("diffusers", "transformers", "accelerate", "PIL", "click", "matplotlib", "scipy", "skimage", "sklearn")
 BLOCKED = f"import sys; sys.modules.update(dict.fromkeys({EXTRAS}))\n"
+STATES = "import instantas.ops as ops; [print(f'{name}: {state}') for name, state in ops.backends().items()]"
+MEND = "to build it: pip install --no-build-isolation --no-deps ."
 COMPILER = next(filter(shutil.which, ("g++", "clang++", "c++")), None)
 
 
@@ -91,7 +99,7 @@ def copied(folder):
     """A new folder with the files that a package is built from, as in a fresh clone."""
     folder.mkdir()
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE", "kernels", "csrc", "instantas"):
-        ignore = shutil.ignore_patterns("*.so", "*.arch", "__pycache__")
+        ignore = shutil.ignore_patterns("*.so", "libinstantas_*.json", "__pycache__")
         source = ROOT / name
         if source.is_dir():
             shutil.copytree(source, folder / name, symlinks=True, ignore=ignore)
@@ -101,13 +109,14 @@ def copied(folder):
 
 
 def wheel_of(tree, **environment):
+    environment |= {"CUDA_HOME": str(tree / "none")}  # nvcc takes most of the time
     command = [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-q", "-w", "dist", "."]
     run(command, cwd=tree, **environment)
     (built,) = (tree / "dist").glob("instantas-*.whl")
     return built
 
 
-def fresh_environment(folder, *install):
+def fresh_environment(folder, *install, compilers=False):
     """The Python of a new virtual environment that sees this one's packages, but not its instantas."""
     run([sys.executable, "-m", "venv", "--without-pip", folder], cwd=folder.parent)
     executable = folder / "bin" / "python"
@@ -119,7 +128,8 @@ def fresh_environment(folder, *install):
         == "None"
     )
     pip = [sys.executable, "-m", "pip", "--python", executable, "install", "-q", "--no-deps", "--no-index"]
-    run([*pip, *install], cwd=folder, PATH=str(folder / "bin"))
+    path = [str(folder / "bin"), *([os.environ["PATH"]] if compilers else [])]
+    run([*pip, *install], cwd=folder, PATH=os.pathsep.join(path), CUDA_HOME=str(folder))
     return executable
 
 
@@ -131,7 +141,7 @@ def wheel(tmp_path_factory):
 
 
 def test_a_wheel_without_libraries_serves_every_platform(wheel):
-    assert wheel.name.endswith("-py3-none-any.whl")
+    assert wheel.name == f"instantas-{__version__}-py3-none-any.whl"
     files = set(zipfile.ZipFile(wheel).namelist())
     assert {str(p.relative_to(ROOT)) for p in (ROOT / "instantas").rglob("*.py")} <= files
     assert {f"instantas/kernels/{p.name}" for p in (ROOT / "kernels").glob("*.py")} <= files
@@ -152,27 +162,173 @@ def test_an_installed_wheel_paints_from_another_folder(wheel, tmp_path):
 
     with Image.open(tmp_path / "a.png") as picture:
         assert picture.size == (140, 60) and picture.text["prompt"] == "grass"
-    code = "import instantas.ops as ops; print(ops.backends()['cpp'])"
-    assert "not built" in python(BLOCKED + code, cwd=tmp_path, executable=executable)
+    states = python(f"{BLOCKED}{STATES}", cwd=tmp_path, executable=executable)
+    assert "cpp: not built: there is no C++ compiler" in states and MEND in states
     if importlib.util.find_spec("triton"):
         python("from instantas.kernels import attention, step, windows", cwd=tmp_path, executable=executable)
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux") or COMPILER is None, reason="there is no C++ compiler")
-def test_a_wheel_carries_the_library_that_was_built(tmp_path):
-    built = wheel_of(copied(tmp_path / "tree"), CUDA_HOME=str(tmp_path / "none"))
+needs_compiler = pytest.mark.skipif(
+    not sys.platform.startswith("linux") or COMPILER is None, reason="there is no C++ compiler"
+)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """A folder with what a wheel that was built where there is a compiler, but no nvcc, installs."""
+    folder = tmp_path_factory.mktemp("carrying")
+    built = wheel_of(copied(folder / "tree"))
     assert "-py3-none-linux" in built.name
     with zipfile.ZipFile(built) as archive:
-        assert "instantas/libinstantas_cpu.so" in archive.namelist()
-        archive.extractall(tmp_path / "site")
-    code = "import instantas.ops as ops; print(ops.__file__, ops.backends()['cpp'])"
-    file, state = python(code, cwd=tmp_path / "site").split(maxsplit=1)
-    assert Path(file).is_relative_to(tmp_path / "site") and state == "available"
+        archive.extractall(folder / "site")
+    return folder / "site"
+
+
+@needs_compiler
+def test_a_wheel_carries_the_library_that_was_built(site):
+    files = {path.name for path in (site / "instantas").glob("libinstantas_*")}
+    assert files == {"libinstantas_cpu.so", "libinstantas_cpu.json", "libinstantas_cuda.json"}
+    code = f"import instantas.ops as ops; print(ops.__file__)\n{STATES}"
+    file, *states = python(code, cwd=site).splitlines()
+    assert Path(file).is_relative_to(site) and "cpp: available" in states
+    (cuda,) = (state for state in states if state.startswith("cuda"))
+    assert "not built: there is no nvcc in " in cuda and MEND in cuda
+
+
+def truncate(library):
+    os.truncate(library, library.stat().st_size // 2)
+
+
+def age(library):
+    note = json.loads(stamp.note_path(library).read_text())
+    stamp.note_path(library).write_text(json.dumps(note | {"version": "0.0.9"}))
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "spoil, reason", [(truncate, "is damaged"), (age, "was built for instantas 0.0.9, this is " + __version__)]
+)
+def test_a_spoilt_library_is_not_loaded_and_one_warning_says_so(spoil, reason, site, tmp_path):
+    shutil.copytree(site / "instantas", tmp_path / "instantas", symlinks=True)
+    spoil(tmp_path / "instantas" / "libinstantas_cpu.so")
+    code = f"""
+import warnings; warnings.simplefilter("always")
+import torch
+from instantas import WindowPlan, ops
+plan = WindowPlan.minimum_coverage(20, 30, 8)
+for dtype in (torch.float32, torch.float64):
+    canvas = torch.ones(1, 4, 20, 30, dtype=dtype)
+    assert torch.equal(ops.scatter_windows(ops.gather_windows(canvas, plan), plan), canvas)
+{STATES}"""
+    done = subprocess.run([sys.executable, "-c", BLOCKED + code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"cpp: libinstantas_cpu.so {reason}" in done.stdout and MEND in done.stdout
+    assert done.stderr.count("RuntimeWarning: instantas: operations on cpu run in plain PyTorch") == 1
+    assert done.stderr.count(reason) == 1 and MEND in done.stderr
 
 
 def test_an_editable_install_has_the_kernels(tmp_path):
     tree = copied(tmp_path / "tree")
-    executable = fresh_environment(tmp_path / "venv", "--no-build-isolation", "-e", tree)
+    executable = fresh_environment(tmp_path / "venv", "--no-build-isolation", "-e", tree, compilers=True)
     code = "import importlib.util as u; print(*[u.find_spec('instantas' + m).origin for m in ('', '.kernels.step')])"
     for found in python(code, cwd=tmp_path, executable=executable).split():
         assert Path(found).resolve().is_relative_to(tree)
+    if needs_compiler.args[0]:
+        return
+    assert "cpp: available" in python(STATES, cwd=tmp_path, executable=executable)
+    with open(tree / "csrc" / "windows.cpp", "a") as source:  # as `git pull` may
+        source.write("// a change\n")
+    states = python(STATES, cwd=tmp_path, executable=executable)
+    assert "cpp: libinstantas_cpu.so was built from other sources than csrc/" in states
+    assert f"pip install --no-build-isolation --no-deps -e {tree}" in states
+
+
+# setup.py
+
+
+@pytest.fixture(scope="module")
+def setup():
+    """The names of setup.py, which builds nothing here."""
+    before = Path.cwd()
+    os.chdir(ROOT)
+    try:
+        with mock.patch("setuptools.setup"):
+            yield runpy.run_path("setup.py")
+    finally:
+        os.chdir(before)
+
+
+def architectures(setup, monkeypatch, listed, devices=()):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", listed)
+    monkeypatch.setitem(setup["architectures"].__globals__, "device_capabilities", lambda torch: list(devices))
+    return setup["architectures"](Path("torch"))
+
+
+@pytest.mark.parametrize(
+    "listed, kept, dropped",
+    [
+        ("7.5;8.0+PTX", ["8.0+PTX"], "7.5"),
+        ("5.2 6.0 6.1 7.0 7.5 8.0 8.6 9.0+PTX", ["8.0", "8.6", "9.0+PTX"], "5.2, 6.0, 6.1, 7.0, 7.5"),
+        ("7.0+PTX, 12.0f;", ["12.0f"], "7.0+PTX"),
+        ("9.0a;10.0", ["9.0a", "10.0"], ""),
+    ],
+)
+def test_old_architectures_are_left_out_alone(setup, monkeypatch, capsys, listed, kept, dropped):
+    assert architectures(setup, monkeypatch, listed, ["8.9"]) == kept
+    said = f"instantas: left out {dropped}: the kernels need compute capability 8.0\n" if dropped else ""
+    assert capsys.readouterr().err == said
+
+
+@pytest.mark.parametrize("listed, devices", [("7.5", []), ("5.2;7.0+PTX", ["9.0"]), ("", ["7.5"])])
+def test_nothing_but_old_architectures(setup, monkeypatch, listed, devices):
+    with pytest.raises(LookupError, match="^the kernels need compute capability 8.0, not "):
+        architectures(setup, monkeypatch, listed, devices)
+
+
+@pytest.mark.parametrize("listed", ["Hopper", "sm_80", "8", "8.0+SASS"])
+def test_architectures_of_another_form(setup, monkeypatch, listed):
+    with pytest.raises(LookupError, match="^TORCH_CUDA_ARCH_LIST: expected entries such as"):
+        architectures(setup, monkeypatch, f"8.0;{listed}")
+
+
+@pytest.mark.parametrize("listed", ["", " ", ";"])
+def test_by_default_newer_gpus_are_served_too(setup, monkeypatch, listed):
+    for devices, here in (([], (8, 0)), (["8.6"], (8, 6)), (["7.5", "9.0"], (9, 0))):
+        built = setup["targets"](architectures(setup, monkeypatch, listed, devices))
+        assert all(stamp.serves(built, capability) for capability in (here, (10, 0), (12, 1)))
+    assert setup["targets"](["8.0+PTX", "8.0", "9.0a"]) == ["sm_80", "compute_80", "sm_90a"]
+
+
+def test_torch_is_found_where_pip_hides_it(setup, monkeypatch):
+    """The environment that pip makes for a build keeps the interpreter, and so its folders, but not their packages."""
+    found = setup["torch_folder"]()
+    if found.parent != Path(sysconfig.get_path("purelib")):
+        pytest.skip("torch is not in this environment itself")
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path != str(found.parent)])
+    assert setup["torch_folder"]() == found
+
+
+def test_no_torch_or_one_that_is_too_old(setup, monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "path", [])
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    with pytest.raises(LookupError, match="^torch was not there when it was built$"):
+        setup["torch_folder"]()
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").touch()
+    for version in ("2.9.1+cu128", "1.13.0"):
+        note = tmp_path / "torch-1.dist-info" / "METADATA"
+        note.parent.mkdir(exist_ok=True)
+        note.write_text(f"Metadata-Version: 2.1\nName: torch\nVersion: {version}\n")
+        with pytest.raises(LookupError, match="was there when it was built, 2.10 or later is needed$"):
+            setup["torch_folder"]()
+
+
+def test_a_compiler_that_fails_is_named_in_a_line(setup):
+    error = subprocess.CalledProcessError(1, ["/usr/local/bin/nvcc", "-gencode=arch=compute_999,code=sm_999"])
+    assert setup["left_out"](error) == "nvcc failed (pip install -v shows its messages)"
+
+
+@pytest.mark.parametrize("version", ["65.5.0", "76.1.0"])
+def test_a_setuptools_that_is_too_old_is_said_in_a_line(version):
+    with mock.patch("setuptools.__version__", version), pytest.raises(SystemExit, match="pip install 'setuptools>=77'"):
+        runpy.run_path(str(ROOT / "setup.py"))

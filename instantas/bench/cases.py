@@ -15,7 +15,8 @@ import torch
 from instantas import ops
 from instantas.bench import rivals
 from instantas.bench.measure import Comparison, compare
-from instantas.ops import backend, reference
+from instantas.ops import reference
+from instantas.ops.backend import BACKENDS
 from instantas.windows import WindowPlan
 
 COEFFICIENTS = (0.98, -0.11, 0.03, -0.02, 0.01)  # a, b, c_1 ..: of the size that solvers have
@@ -41,7 +42,7 @@ def gather(
     def inputs(generator):
         return (_normal((batch, channels, plan.height, plan.width), generator, device, dtype),)
 
-    ours, absent = contenders("gather_windows", lambda x: ops.gather_windows(x, plan), device, left_out)
+    ours, absent = contenders(lambda x: ops.gather_windows(x, plan), device, left_out)
     theirs, missing = rivals.gather(plan, device, compiled=compiled)
     return measure(
         f"gather_windows, {_geometry(plan, batch, channels)}",
@@ -75,7 +76,7 @@ def scatter(
     def inputs(generator):
         return (_normal((batch, plan.count, channels, *plan.window), generator, device, dtype),)
 
-    ours, absent = contenders("scatter_windows", lambda x: ops.scatter_windows(x, plan, overlap), device, left_out)
+    ours, absent = contenders(lambda x: ops.scatter_windows(x, plan, overlap), device, left_out)
     theirs, missing = rivals.scatter(plan, overlap, device, dtype, compiled=compiled)
     return measure(
         f"scatter_windows, {_geometry(plan, batch, channels)}{', weighted' if weight else ''}",
@@ -122,7 +123,7 @@ def step(
         given = dict(weight=None if overlap is None else overlap.to(_wide(sample)), history=kept, keep=KEEP)
         return _newest(*reference.guided_step(cond, uncond, sample, plan, coefficients, GUIDANCE, **given))
 
-    ours, absent = contenders("guided_step", run, device, left_out)
+    ours, absent = contenders(run, device, left_out)
     theirs, missing = rivals.step(plan, overlap, coefficients, GUIDANCE, KEEP, device, dtype, compiled=compiled)
     return measure(
         f"guided_step, {_geometry(plan, batch, channels)}, history {history}",
@@ -160,7 +161,7 @@ def attention(
     def run(query, key, value):
         return ops.regional_attention(query, key, value, ids, weights, mode=mode)
 
-    ours, absent = contenders("regional_attention", run, device, left_out)
+    ours, absent = contenders(run, device, left_out)
     theirs, missing = rivals.attention(ids, weights, tokens, dtype, mode=mode, compiled=compiled)
     wanted = int((weights > 0).sum())  # pairs of a query and a prompt
     moved = 2 * windows * queries * heads * depth + 2 * regions * tokens * heads * depth
@@ -245,17 +246,16 @@ def stripes(
 
 
 def contenders(
-    operation: str, call: Callable, device: torch.device, left_out: Iterable[str] = ()
+    call: Callable, device: torch.device, left_out: Iterable[str] = ()
 ) -> tuple[dict[str, Callable], dict[str, str]]:
     """({backend: call on it}, {backend: why not}), first the backend that the operation runs on by default."""
     states, runs, absent = ops.backends(), {}, {}
-    order = backend.PREFERENCE.get(device.type, {}).get(operation, ())
-    for name in dict.fromkeys((*order, *states)):
+    for name, backend in reversed(BACKENDS.items()):  # the fastest first
         state = states[name]
-        if name == "triton" and device.type == "cpu":
-            state = "runs in an interpreter on the CPU: no speed to measure"
-        elif name in ("cpp", "cuda") and device.type != ("cpu" if name == "cpp" else "cuda"):
+        if device.type not in backend.devices:
             state = f"not for tensors on {device.type}"
+        elif not backend.default:
+            state = "runs in an interpreter: no speed to measure"
         elif state == "available" and name in left_out:
             state = "left out: takes too long"
         if state == "available":

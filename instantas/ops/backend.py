@@ -1,6 +1,6 @@
 """Which implementation runs an operation: what is available, what is forced, what is the default.
 
-Every backend implements all operations of `schemas.SCHEMAS`.
+Every backend implements all operations of `schemas.SCHEMAS`; to add one, add its record to `BACKENDS`.
 """
 
 from __future__ import annotations
@@ -10,139 +10,142 @@ import functools
 import importlib
 import importlib.util
 import os
-from pathlib import Path
-from typing import NamedTuple
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 
-from instantas.ops import cpu, reference
+from instantas.ops import reference, stamp
+from instantas.ops.library import CPP, CUDA
 from instantas.ops.schemas import SCHEMAS
 
-BACKENDS = ("reference", "cpp", "triton", "cuda")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+FLOAT32_AND_BELOW = (torch.float32, torch.float16, torch.bfloat16)
 
-# Per device, the backends in order of preference: the first that is available runs the operation.
-PREFERENCE = {
-    # Measured on one thread, times as fast as the reference: gather, scatter, guided_step on 256 x 256 x 4 cells 3.0,
-    # 10, 10 with windows 8 apart, 11, 13, 6 at minimum coverage; attention with 4 hard regions 9 to 11, its backward 7;
-    # with a single region or soft ones 1.1 to 2.1, backward 1.2 to 1.6.
-    "cpu": dict.fromkeys(SCHEMAS, ("cpp", "reference")),
-    # Not measured yet. Reasoned: CUDA stages a prompt of 77 tokens at once, and picks its own memory instructions.
-    "cuda": dict.fromkeys(SCHEMAS, ("cuda", "triton", "reference")),
-}
 
-# What the host library offers besides: rows of a contiguous tensor by number (instantas/ops/cpu.py).
-_ROWS = {
-    "take_rows": "(Tensor source, Tensor rows) -> Tensor",
-    "put_rows": "(Tensor(a!) target, Tensor rows, Tensor values) -> ()",
-}
+@dataclass(frozen=True, eq=False)
+class Backend:
+    """One implementation of all operations: where it runs, on what, and why it cannot."""
 
-PACKAGE = Path(__file__).parents[1]  # where the libraries lie
-_LIBRARIES = {"cpp": "libinstantas_cpu.so", "cuda": "libinstantas_cuda.so"}
-_DEVICES = {"cpp": ("cpu",), "cuda": ("cuda",), "reference": ("cpu", "cuda", "mps", "xpu")}
+    name: str
+    description: str
+    devices: tuple[str, ...]  # types of the devices whose tensors it takes
+    dtypes: tuple[torch.dtype, ...]
+    functions: Callable[[], Mapping[str, Callable[..., Any]]]  # operation -> function of its schema's arguments
+    absent: Callable[[], str | None] = lambda: None  # why it cannot run on this machine
+    refused: Callable[[torch.device], str | None] = lambda device: None  # why it cannot run on this device of a type
+    default: bool = True  # whether it runs without being asked for
 
-_forced: list[str] = []  # not context-local: autograd runs backward passes in threads of its own
+    def unserved(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        """Why it does not take such tensors, or None."""
+        if device.type not in self.devices:
+            return f"it serves tensors on {', '.join(self.devices)}, got {device.type}"
+        if dtype not in self.dtypes:
+            return f"it serves {', '.join(_name(d) for d in self.dtypes)}, got {_name(dtype)}"
+        return self.refused(device)
 
 
 def backends() -> dict[str, str]:
     """Name -> "available", or the reason why the backend cannot run here."""
-    return {name: _absent(name) or "available" for name in BACKENDS}
+    return {name: backend.absent() or "available" for name, backend in BACKENDS.items()}
 
 
 @contextlib.contextmanager
-def use_backend(name: str):
+def use_backend(backend: str | Backend) -> Iterator[None]:
     """Force one backend for every operation of the process inside the `with` block.
+
+    Args:
+        backend: its name; or a record, which need not be one of `BACKENDS`.
 
     Raises:
         ValueError: for an unknown name.
         RuntimeError: when the backend is not available here; and from an operation whose tensors it does not serve.
             Nothing else is ever run silently.
     """
-    if name not in BACKENDS:
-        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {name!r}")
-    if reason := _absent(name):
-        raise RuntimeError(f"backend {name!r} cannot run here: {reason}")
-    _forced.append(name)
+    if not isinstance(backend, Backend):
+        if backend not in BACKENDS:
+            raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
+        backend = BACKENDS[backend]
+    if reason := backend.absent():
+        raise RuntimeError(f"backend {backend.name!r} cannot run here: {reason}")
+    _forced.append(backend)
     try:
         yield
     finally:
         _forced.pop()
 
 
-def implementation(operation: str, tensor: torch.Tensor):
+_forced: list[Backend] = []  # not context-local: autograd runs backward passes in threads of its own
+
+
+def implementation(operation: str, tensor: torch.Tensor) -> Callable[..., Any]:
     """The function that runs the operation on tensors of this one's device and dtype."""
-    if _forced:
-        name = _forced[-1]
-        if reason := _unserved(name, tensor):
-            raise RuntimeError(f"backend {name!r} cannot run {operation}: {reason}")
-    else:
-        preference = PREFERENCE.get(tensor.device.type, {}).get(operation, ())
-        name = next((n for n in preference if not _absent(n) and not _unserved(n, tensor)), "reference")
-    return _functions(name)[operation]
+    if not _forced:
+        return default(tensor.device, tensor.dtype).functions()[operation]
+    backend = _forced[-1]
+    if reason := backend.unserved(tensor.device, tensor.dtype):
+        raise RuntimeError(f"backend {backend.name!r} cannot run {operation}: {reason}")
+    return backend.functions()[operation]
 
 
 @functools.cache
-def _absent(name: str) -> str | None:
-    """Why the backend cannot run here, or None."""
-    if name == "reference":
-        return None
-    if name == "triton":
-        if importlib.util.find_spec("triton") is None:
-            return "triton is not installed"
-        if not torch.cuda.is_available() and not _interpreting():
-            return "interpreter only: there is no GPU (set TRITON_INTERPRET=1 before Python starts)"
-        return None
-    library = PACKAGE.joinpath(_LIBRARIES[name])
-    if not library.exists():
-        return f"not built: {library.name} is not there"
-    if name == "cuda" and not torch.cuda.is_available():
-        return f"built{_architectures(library)}, not loadable: there is no CUDA device"
-    try:
-        _define(name)
-        torch.ops.load_library(library)
-    except OSError as error:
-        return f"{library.name} does not load: {error}"
+def default(device: torch.device, dtype: torch.dtype) -> Backend:
+    """The fastest backend that can run; a warning, once, where that is the reference for want of another."""
+    able = [b for b in reversed(BACKENDS.values()) if b.default and not b.unserved(device, dtype)]
+    chosen = next((b for b in able if not b.absent()), BACKENDS["reference"])
+    if chosen.name == "reference" and (absent := [b for b in able if b is not chosen]):
+        _warn_slow(device.type, "; ".join(f"{b.name}: {b.absent()}" for b in absent))
+    return chosen
+
+
+@functools.cache
+def _warn_slow(device: str, reasons: str) -> None:
+    message = f"instantas: operations on {device} run in plain PyTorch, which is slower than a kernel. {reasons}"
+    warnings.warn(message, RuntimeWarning, stacklevel=2)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+@functools.cache
+def _cpp_absent() -> str | None:
+    return CPP.unfit() or CPP.load()
+
+
+@functools.cache
+def _triton_absent() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if not torch.cuda.is_available() and not INTERPRETED:
+        return "interpreter only: there is no GPU (set TRITON_INTERPRET=1 before Python starts)"
     return None
 
 
 @functools.cache
-def _define(name: str) -> torch.library.Library:
-    """The operators instantas_cpp::* or instantas_cuda::*, most of which the library then implements."""
-    namespace = torch.library.Library(f"instantas_{name}", "DEF")
-    for operation, schema in (SCHEMAS | _ROWS if name == "cpp" else SCHEMAS).items():
-        namespace.define(operation + schema.replace("SymInt[]", "int[]"))
-        if name == "cpp" and "attention" in operation:
-            namespace.impl(operation, getattr(cpu, operation), "CPU")
-    return namespace
+def _cuda_absent() -> str | None:
+    if reason := CUDA.unfit():
+        return reason
+    if not torch.cuda.is_available():
+        return f"built for {', '.join(CUDA.architectures)}, not loadable: there is no CUDA device"
+    refusals = [_cuda_refused(torch.device("cuda", i)) for i in range(torch.cuda.device_count())]
+    return refusals[0] if all(refusals) else CUDA.load()
 
 
-def _architectures(library: Path) -> str:
-    """The architectures that setup.py wrote beside the library, as " for sm_80, sm_90a"."""
-    note = library.with_suffix(".arch")
-    return f" for {note.read_text().strip()}" if note.exists() else ""
-
-
-def _interpreting() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
-def _unserved(name: str, tensor: torch.Tensor) -> str | None:
-    """Why the backend does not serve such tensors, or None."""
-    devices = _DEVICES.get(name) or (("cpu",) if _interpreting() else ("cuda",))
-    if tensor.device.type not in devices:
-        return f"it serves tensors on {', '.join(devices)}, got {tensor.device.type}"
-    if name in ("triton", "cuda") and tensor.dtype == torch.float64:
-        return "it serves float32, float16 and bfloat16, got float64"
-    return None
+def _cuda_refused(device: torch.device) -> str | None:
+    major, minor = torch.cuda.get_device_capability(device)
+    if stamp.serves(CUDA.architectures, (major, minor)):
+        return None
+    mend = f"; to build it: {stamp.remedy()}" if major >= 8 else ", and the kernels need sm_80 or later"
+    return f"built for {', '.join(CUDA.architectures)}, which {device} of sm_{major}{minor} does not run{mend}"
 
 
 @functools.cache
-def _functions(name: str) -> dict:
-    if name == "reference":
-        return _REFERENCE
-    if name == "triton":
-        modules = [importlib.import_module(f"instantas.kernels.{stem}") for stem in ("windows", "step", "attention")]
-        return {op: next(getattr(m, op) for m in modules if hasattr(m, op)) for op in SCHEMAS}
-    return {op: getattr(getattr(torch.ops, f"instantas_{name}"), op).default for op in SCHEMAS}
+def _triton_functions() -> dict[str, Callable[..., Any]]:
+    modules = [importlib.import_module(f"instantas.kernels.{stem}") for stem in ("windows", "step", "attention")]
+    return {op: next(getattr(m, op) for m in modules if hasattr(m, op)) for op in SCHEMAS}
 
 
 class _Plan(NamedTuple):
@@ -201,10 +204,55 @@ def _regional_attention_backward(grad, query, key, value, prompt_ids, weights, j
     return tuple(g.contiguous() for g in grads)
 
 
-_REFERENCE = {
+_REFERENCE: dict[str, Callable[..., Any]] = {
     "gather_windows": _gather_windows,
     "scatter_windows": _scatter_windows,
     "guided_step": _guided_step,
     "regional_attention": _regional_attention,
     "regional_attention_backward": _regional_attention_backward,
+}
+
+
+# From the slowest to the fastest: the last that can runs what no `use_backend` claims.
+BACKENDS = {
+    backend.name: backend
+    for backend in (
+        Backend(
+            "reference",
+            "plain PyTorch, the definition of correct",
+            ("cpu", "cuda", "mps", "xpu"),
+            (*FLOAT32_AND_BELOW, torch.float64),
+            lambda: _REFERENCE,
+        ),
+        # Measured on one thread, times as fast as the reference: gather, scatter, guided_step on 256 x 256 x 4 cells
+        # 3.0, 10, 10 with windows 8 apart, 11, 13, 6 at minimum coverage; attention with 4 hard regions 9 to 11, its
+        # backward 7; with a single region or soft ones 1.1 to 2.1, backward 1.2 to 1.6.
+        Backend(
+            "cpp",
+            "C++ on the CPU",
+            ("cpu",),
+            (*FLOAT32_AND_BELOW, torch.float64),
+            functools.cache(CPP.functions),
+            _cpp_absent,
+        ),
+        Backend(
+            "triton",
+            "Triton on a GPU",
+            ("cpu",) if INTERPRETED else ("cuda",),
+            FLOAT32_AND_BELOW,
+            _triton_functions,
+            _triton_absent,
+            default=not INTERPRETED,
+        ),
+        # Not measured yet. Reasoned: CUDA stages a prompt of 77 tokens at once, and picks its own memory instructions.
+        Backend(
+            "cuda",
+            "CUDA on an NVIDIA GPU",
+            ("cuda",),
+            FLOAT32_AND_BELOW,
+            functools.cache(CUDA.functions),
+            _cuda_absent,
+            _cuda_refused,
+        ),
+    )
 }

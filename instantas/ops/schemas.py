@@ -15,3 +15,9 @@ SCHEMAS = {
     "regional_attention_backward": "(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor prompt_ids, "
     "Tensor weights, bool joint, float scale) -> (Tensor, Tensor, Tensor)",
 }
+
+# What the host library offers besides: rows of a contiguous tensor by number (instantas/ops/cpu.py).
+ROWS = {
+    "take_rows": "(Tensor source, Tensor rows) -> Tensor",
+    "put_rows": "(Tensor(a!) target, Tensor rows, Tensor values) -> ()",
+}

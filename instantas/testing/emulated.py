@@ -7,6 +7,7 @@ The library is built when it is first needed, and again when a source changes.
 """
 
 import contextlib
+import dataclasses
 import fcntl
 import functools
 import hashlib
@@ -15,17 +16,18 @@ import shlex
 import shutil
 import subprocess
 from pathlib import Path
-from unittest import mock
 
 import torch
 
 from instantas import ops
-from instantas.ops import backend
+from instantas.ops.backend import BACKENDS
+from instantas.ops.library import CUDA
 
 ROOT = Path(__file__).parents[2]
 COMPILER = shlex.split(os.environ.get("CXX", "g++"))
 FLAGS = ["-x", "c++", "-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-shared"]
 FLAGS += ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
+EMULATED = dataclasses.replace(BACKENDS["cuda"], devices=("cpu",), absent=lambda: None, refused=lambda device: None)
 AVAILABLE = shutil.which(COMPILER[0]) is not None and Path("/proc/self").exists()
 
 
@@ -33,12 +35,7 @@ AVAILABLE = shutil.which(COMPILER[0]) is not None and Path("/proc/self").exists(
 def cuda():
     """Force the emulated CUDA backend, for tensors on the CPU."""
     _load()
-    absent = backend._absent
-    with (
-        mock.patch.object(backend, "_absent", lambda name: None if name == "cuda" else absent(name)),
-        mock.patch.dict(backend._DEVICES, cuda=("cpu",)),
-        ops.use_backend("cuda"),
-    ):
+    with ops.use_backend(EMULATED):
         yield
 
 
@@ -69,7 +66,7 @@ def _load():
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not library.exists():
             _build(sources, folder / key, library)
-    backend._define("cuda")
+    CUDA.define()
     torch.ops.load_library(library)
 
 

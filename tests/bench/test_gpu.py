@@ -1,5 +1,6 @@
 """`python -m bench.gpu`, as far as a CPU can run it: its checks, its comparisons on small sizes, its report."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from bench import gpu, gpu_checks
-from instantas.ops import backend
+from instantas.ops.backend import BACKENDS
 from instantas.testing import oracle, recorded
 
 CPU = torch.device("cpu")
@@ -44,9 +45,9 @@ def test_everything_in_one_go(tmp_path, capsys):
 
 @cpp
 def test_a_wrong_kernel_is_found():
-    right = backend._functions("cpp")
+    right = BACKENDS["cpp"].functions()
     broken = right | {"scatter_windows": lambda *a: right["scatter_windows"](*a) * 1.01}
-    with mock.patch.object(backend, "_functions", lambda name: broken if name == "cpp" else backend._REFERENCE):
+    with mock.patch.dict(BACKENDS, cpp=dataclasses.replace(BACKENDS["cpp"], functions=lambda: broken)):
         count, wrong = gpu_checks.failures(gpu_checks.grid(["cpp"], [torch.float32]))
     assert count > len(wrong) > 0 and all(what.startswith("AssertionError: result") for what in wrong.values())
     assert {name.split(", ")[2] for name in wrong} >= {"gather", "scatter"}  # gather's gradient is a scatter

@@ -289,7 +289,7 @@ def functions(backend):
     if backend == "reference" or oracle.device(backend) != "cpu":
         pytest.skip("needs kernels that read host memory")
     with oracle.use_backend(backend):
-        yield dispatch._functions(backend)
+        yield dispatch.BACKENDS[backend].functions()
 
 
 class TestOffsetsPast2To31:
