@@ -128,7 +128,8 @@ class Face(type):
     """The class of diffusers pipelines whose instances are ours."""
 
     def __call__(cls, *args, **components):
-        return cls.ours(cls.theirs(*args, **components))
+        pipe = cls.theirs(*args, **components)
+        return pipe if pipe.unet is None else cls.ours(pipe)  # without a UNet: to embed prompts, not to paint
 
 
 def face(theirs, ours):

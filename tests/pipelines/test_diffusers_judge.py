@@ -107,6 +107,7 @@ def test_a_face_looks_like_diffusers_class_and_makes_ours():
     assert isinstance(pipe, InstantASPipeline) and type(pipe.pipe) is StableDiffusionPipeline
     assert issubclass(face, StableDiffusionMixin) and face._callback_tensor_inputs
     assert isinstance(face.from_pipe(pipe), InstantASPipeline)
+    assert type(face(**tiny_pipeline().components | {"unet": None})) is StableDiffusionPipeline
 
 
 def test_the_shadow_of_a_call_is_equal_and_leaves_the_generator_as_one_call_does():
