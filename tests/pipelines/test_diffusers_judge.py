@@ -3,6 +3,7 @@
 Those of a checkout of the installed version run where `DIFFUSERS_CHECKOUT` says where it is; they take about an hour.
 """
 
+import collections
 import functools
 import json
 import os
@@ -82,8 +83,8 @@ def test_what_passes_in_diffusers_passes_through_ours(module):
 @pytest.mark.parametrize("module", MODULES)
 def test_every_call_gives_what_diffusers_gives(module):
     calls = judged("shadow", module)["calls"]
-    alike = [call for call in calls if call["verdict"] in ("equal", "refused by both")]
-    print(f"{len(calls)} calls, {len(alike)} equal or refused by both")
+    alike = [call for call in calls if call["verdict"] in ("equal", "refused by both", "in several windows")]
+    print(collections.Counter(call["verdict"] for call in calls))
     assert calls
     assert [call for call in calls if call not in alike and not refused(call["test"])] == []
 
@@ -98,7 +99,7 @@ def test_a_region_of_the_calls_own_prompt_breaks_nothing(module, kind):
 
 
 def small(pipe, **settings):
-    return pipe("red brick", num_inference_steps=2, height=128, width=128, output_type="np", **settings)
+    return pipe("red brick", num_inference_steps=2, output_type="np", **dict(height=128, width=128) | settings)
 
 
 def test_a_face_looks_like_diffusers_class_and_makes_ours():
@@ -120,7 +121,8 @@ def test_the_shadow_of_a_call_is_equal_and_leaves_the_generator_as_one_call_does
     assert torch.equal(generator.get_state(), alone.get_state())
     with pytest.raises(ValueError, match="prompt_embeds"):
         small(pipe, prompt_embeds=torch.zeros(1, 16, 32))
-    assert [call["verdict"] for call in judge.calls] == ["equal", "refused by both"]
+    small(pipe, width=192)
+    assert [call["verdict"] for call in judge.calls] == ["equal", "refused by both", "in several windows"]
 
 
 @pytest.mark.parametrize("kind", ["regional", "halves"])
