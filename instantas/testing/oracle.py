@@ -180,9 +180,9 @@ def judge(backend, call, arguments, dtype, gradients=0, attention=False):
     return [result.got for result in found]
 
 
-def judge_pooled(backend, case, mode):
-    """Holds the root mean square of a float32 attention case over 16 seeds to the budget, forward and backward."""
-    examples = attention_examples(case, mode, range(0, 160, 10))
+def judge_pooled(backend, case, mode, seeds=16):
+    """Holds the root mean square of a float32 attention case over many seeds to the budget, forward and backward."""
+    examples = attention_examples(case, mode, range(0, 10 * seeds, 10))
     found = [results(backend, *example, torch.float32, 3, attention=True) for example in examples]
     for i, seeds in enumerate(zip(*found)):
         pooled = Result(*(torch.cat([t.flatten() for t in tensors]) for tensors in zip(*seeds)))
