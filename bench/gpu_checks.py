@@ -24,7 +24,16 @@ from instantas import ops
 from instantas.sampling.bridging import BRIDGES
 from instantas.sampling.sampler import sample
 from instantas.testing import examples, oracle
-from instantas.testing.oracle import ATTENTION, DTYPES, PLANS, attention_inputs, normal, positive, region_weights
+from instantas.testing.oracle import (
+    ATTENTION,
+    DTYPES,
+    PLANS,
+    attention_examples,
+    attention_inputs,
+    normal,
+    positive,
+    region_weights,
+)
 from instantas.windows import WindowPlan
 
 SANITIZERS = ("memcheck", "racecheck", "initcheck")
@@ -57,9 +66,8 @@ def _cases():
         yield f"guided step, {name}", step, [cond, uncond, normal(*shape), history, guidance, weight], 0
     for mode in ("blend", "joint"):
         for shape in ATTENTION:
-            inputs = [*attention_inputs(*shape), region_weights(shape[0], shape[6], shape[1])]
-            attend = lambda q, k, v, i, w, m=mode: ops.regional_attention(q, k, v, i, w, mode=m)  # noqa: E731
-            yield f"attention, {shape}, {mode}", attend, inputs, 3
+            for call, arguments in attention_examples(shape, mode, [0]):
+                yield f"attention, {shape}, {mode}", call, arguments, 3
 
 
 def random_examples(backends: Sequence[str], count: int) -> Iterator[Check]:

@@ -1,35 +1,5 @@
 """Triton kernels run in Triton's interpreter where there is no GPU, which must be said before triton is imported."""
 
-import functools
-import inspect
-import os
+from instantas.testing import interpreted
 
-import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
-
-
-def _remember_builtins():
-    """The interpreter searches the whole language at every call of a helper: two thirds of its time. Search once."""
-    from triton import language
-    from triton.runtime import interpreter
-
-    @functools.cache
-    def builtins(package):
-        return [name for name, member in inspect.getmembers(package) if language.core.is_builtin(member)]
-
-    def patch(package, builder, *scope):
-        for name in builtins(package):
-            member = getattr(package, name)
-            if language.core.is_builtin(member):
-                interpreter._patch_attr(package, name, member, builder, *scope)
-
-    interpreter._patch_builtin = patch
-
-
-if os.environ.get("TRITON_INTERPRET") == "1":
-    try:
-        _remember_builtins()
-    except ImportError:
-        pass  # without triton there is nothing to interpret
+interpreted.prepare()

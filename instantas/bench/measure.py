@@ -209,7 +209,8 @@ def peak_memory(run: Callable[[], object], device: torch.device | str = "cpu") -
         before = torch.cuda.memory_allocated(device)
         run()
         return torch.cuda.max_memory_allocated(device) - before
-    ctypes.CDLL(None).malloc_trim(0)  # what earlier work has freed would hide what this one takes
+    gc.collect()  # what earlier work has freed, or left to be freed meanwhile, would hide what this one takes
+    ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # sets the peak to the present size
     before = _resident("VmHWM")
     run()

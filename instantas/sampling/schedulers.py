@@ -74,12 +74,19 @@ def probe(scheduler, eta: float = 0.0) -> Recurrence | None:
     return None
 
 
+class _Table(torch.Tensor):
+    """A tensor whose numpy functions, which DEIS calls on its noise levels, give tensors without a warning."""
+
+    def __array_wrap__(self, array, context=None, return_scalar=False):
+        return torch.as_tensor(array)
+
+
 def _run(scheduler, sample, outputs, eta, seed):
     """Run a copy on vectors: samples (steps + 1, n), input scale (steps,) or None, and what it kept after each step."""
     scheduler = copy.deepcopy(scheduler)
     for name, value in vars(scheduler).items():
         if isinstance(value, torch.Tensor):
-            setattr(scheduler, name, value.cpu())
+            setattr(scheduler, name, value.cpu().as_subclass(_Table))
     torch.default_generator.manual_seed(seed)  # the CPU's alone: torch.manual_seed would reach every GPU's
     keywords = step_keywords(scheduler, torch.Generator().manual_seed(seed), eta)
     samples, scales, kept = [sample], [], []

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 
 import pytest
 import torch
@@ -222,6 +223,7 @@ def test_facts_of_the_machine():
     assert measure.cache_bytes(torch.device("cpu")) > 1 << 18
 
 
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the system does not reset peaks")
 def test_peak_memory_is_what_was_held_at_once():
     size = 1 << 26
 

@@ -56,12 +56,11 @@ def counts(folder: Path) -> dict:
     settings = dict(OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join(sys.path), TRITON_INTERPRET="0")
     options = ["--tool=callgrind", "--instr-atstart=no", f"--callgrind-out-file={folder}/out"]
     script = Path(testing.__file__).with_name("counted.py")
-    subprocess.run(
-        ["valgrind", "-q", *options, sys.executable, script, folder / "control.so"],
-        env=os.environ | settings,
-        check=True,
-        capture_output=True,
-    )
+    command = ["valgrind", "-q", *options, sys.executable, script, folder / "control.so"]
+    done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True)
+    if unknown := re.search("unhandled instruction bytes.*|Fatal error at startup.*|unhandled amd64.*", done.stderr):
+        pytest.skip(f"valgrind cannot run this Python: {unknown[0]}")  # of a processor newer than valgrind
+    assert done.returncode == 0, done.stderr[-2000:]
     found = {}
     for path in folder.glob("out.*"):
         text = path.read_text()

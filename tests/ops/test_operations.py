@@ -1,6 +1,7 @@
 """The operations on every backend that runs here, against the reference in float64."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -95,12 +96,10 @@ def test_history_is_shifted_exactly(backend):
 @pytest.mark.parametrize("mode", ["blend", "joint"])
 @pytest.mark.parametrize("case", ATTENTION, ids=str)
 def test_attention(backend, dtype, mode, case):
-    b, n, r = case[0], case[1], case[6]
-    weights = region_weights(b, r, n)
-    call = lambda q, k, v, i, w: ops.regional_attention(q, k, v, i, w, mode=mode)  # noqa: E731
     interpreted = backend == "triton" and not oracle.GPU
     gradients = 0 if interpreted and dtype == torch.bfloat16 else 3  # the interpreter makes it float32 anyway
-    judge(backend, call, [*attention_inputs(*case), weights], dtype, gradients, attention=True)
+    for example in oracle.attention_examples(case, mode, [0]):
+        judge(backend, *example, dtype, gradients, attention=True)
 
 
 @pytest.mark.parametrize("mode", ["blend", "joint"])
@@ -394,10 +393,10 @@ def test_extreme_values_of_windows(backend, scale):
 def test_large_logits_and_tiny_weights(backend, mode):
     query, key, value, ids = attention_inputs(1, 90, 2, 16, 3, 20, 3)
     weights = region_weights(1, 3, 90) * torch.tensor([1.0, 1e-6, 1e-12])[:, None]
-    call = lambda *a: ops.regional_attention(*a, mode=mode)  # noqa: E731
+    call = partial(ops.regional_attention, mode=mode)
     judge(backend, call, [query * 30, key * 30, value, ids, weights], torch.float16, gradients=3)
     judge(backend, call, [query, key, value * 1e3, ids, weights * 1e-20], torch.float16)
-    judge(backend, call, [query, key, value, ids, weights * 1e20], torch.float32)
+    judge(backend, call, [query, key, value, ids, weights * 1e20], torch.float32, attention=True)
 
 
 @pytest.mark.parametrize("mode", ["blend", "joint"])

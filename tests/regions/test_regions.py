@@ -254,7 +254,7 @@ def test_no_regions():
     assert torch.equal(RegionMap([], 64, 128).shares(), torch.ones(1, 1, 8, 16))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_some_prompt_always_has_weight(data):
     """Any soft masks, weights, schedule, window and resolution: never negative, never nothing."""

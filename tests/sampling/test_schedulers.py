@@ -1,6 +1,7 @@
 """Schedulers as linear recurrences: which have one, what it reproduces, what finding it leaves untouched."""
 
 import random
+import warnings
 
 import diffusers
 import numpy as np
@@ -144,6 +145,15 @@ def test_probing_touches_neither_the_scheduler_nor_random_states(name):
         assert value is before[key] or value == before[key]
         if key in copies:  # some of diffusers' tables hold NaN
             torch.testing.assert_close(value, copies[key], rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", [*LINEAR, *RANDOM])
+def test_probing_warns_of_nothing(name):
+    schedule = made(name)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        probe(schedule)
+    assert not caught
 
 
 def test_probing_does_not_seed_any_gpu(monkeypatch):

@@ -1,0 +1,102 @@
+"""The error budget of attention: its bounds, that it holds over many seeds, and that it refuses every planted fault."""
+
+import contextlib
+from unittest import mock
+
+import pytest
+import torch
+
+from bench import budget
+from instantas.ops import reference, registration
+from instantas.testing import bounds, faults, oracle
+
+FEW = (1, 2, 1, 256, 1, 20, 1)  # two queries: their error beside the reference's is luck
+IDS, WEIGHTS = torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, 1, 1)
+
+
+def rows(*numbers):
+    """(1, n, 1, D) float64."""
+    return torch.tensor(numbers, dtype=torch.float64)[None, :, None]
+
+
+def test_bounds_of_one_token():
+    """A = 3 and rho = 3 + 3 + 4 + 1; the probability is 1 whatever the logit, so what comes back is all rounding."""
+    found = bounds.attention(rows([2, -4]), rows([1, 1]), rows([3, -4]), IDS, WEIGHTS, rows([2, -1]), scale=0.5)
+    assert [bound.flatten().tolist() for bound in found] == [[33, 44], [10, 10], [20, 40], [22, 11]]
+
+
+@pytest.mark.parametrize("mode", ["blend", "joint"])
+def test_bounds_of_two_tokens_alike(mode):
+    """Keys of 0: p = 1/2, A = 0, rho = 4 + sqrt(2); dP = (1, 3), of which B + mean B = (3, 5) and t = 1."""
+    rho = 4 + 2**0.5
+    found = bounds.attention(rows([1]), rows([0], [0]), rows([1], [3]), IDS, WEIGHTS, rows([1]), mode=mode, scale=1.0)
+    expected = [2 * rho], [0.0], [1.5 + rho, 2.5 + rho], [rho / 2, rho / 2]
+    for bound, numbers in zip(found, expected):
+        torch.testing.assert_close(bound.flatten(), torch.tensor(numbers, dtype=torch.float64), rtol=1e-14, atol=0)
+
+
+def off_by(share):
+    """A stand-in backend whose results are the exact ones, off by a share of their bounds."""
+
+    def forward(query, key, value, ids, weights, joint, scale):
+        inputs = query.double(), key.double(), value.double(), ids, weights
+        (bound,) = bounds.attention(*inputs, mode="joint" if joint else "blend", scale=scale)
+        right = reference.regional_attention(*inputs, mode="joint" if joint else "blend", scale=scale)
+        return (right + share * bounds.U * bound).to(query.dtype)
+
+    @contextlib.contextmanager
+    def stand_in():
+        right = registration.implementation
+        choose = lambda name, tensor: forward if name == "regional_attention" else right(name, tensor)  # noqa: E731
+        with mock.patch.object(registration, "implementation", choose):
+            yield
+
+    return stand_in
+
+
+def refused(judge, *arguments, **options) -> bool:
+    try:
+        judge(*arguments, **options)
+    except AssertionError as error:
+        assert str(error).startswith("result 0")
+        return True
+    return False
+
+
+@pytest.mark.parametrize("mode", ["blend", "joint"])
+def test_an_error_within_the_bound_is_right_whatever_the_reference_has(mode):
+    ((call, arguments),) = oracle.attention_examples(FEW, mode, [0])
+    (result,) = oracle.results(off_by(0.9), call, arguments, torch.float32, attention=True)
+    error, usual = (oracle.largest(x.double() - result.exact) for x in (result.got, result.eager))
+    assert error > 3 * usual
+    for share in (0.9, 1.5):
+        wrong = share > 1
+        assert refused(oracle.judge, off_by(share), call, arguments, torch.float32, attention=True) == wrong
+    assert refused(oracle.judge, off_by(0.9), call, arguments, torch.float32)  # other operations have no bound
+
+
+@pytest.mark.parametrize("share, wrong", [(0.4, False), (0.7, True)])
+def test_over_many_seeds_half_of_the_bound_must_do(share, wrong):
+    assert refused(oracle.judge_pooled, off_by(share), FEW, "blend") == wrong
+
+
+@pytest.mark.parametrize("mode", ["blend", "joint"])
+@pytest.mark.parametrize("case", oracle.ATTENTION, ids=str)
+@pytest.mark.parametrize("backend", [name for name in oracle.BACKENDS if name != "reference"])
+def test_attention_over_many_seeds(backend, case, mode):
+    interpreted = backend == "triton" and not oracle.GPU
+    oracle.judge_pooled(backend, case, mode, seeds=4 if interpreted else 16)  # it takes its time, and rounds as numpy
+
+
+@pytest.mark.parametrize("dtype", oracle.DTYPES, ids=str)
+@pytest.mark.parametrize("operation", faults.OPERATIONS)
+@pytest.mark.parametrize("fault", faults.FAULTS)
+def test_a_planted_fault_is_refused_wherever_it_shows(fault, operation, dtype):
+    caught, count = budget.caught(fault, operation, dtype, seeds=1)
+    assert caught == count >= 12
+
+
+@pytest.mark.parametrize("dtype", oracle.DTYPES, ids=str)
+def test_the_stand_in_without_a_fault_is_right(dtype):
+    for _, check in budget.grid(faults.planted(None), dtype, seeds=1):
+        check()
