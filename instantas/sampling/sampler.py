@@ -97,8 +97,8 @@ def sample(
         num_inference_steps, timesteps: at most one; given to the scheduler's `set_timesteps`. Neither: the timesteps
             that the scheduler has already.
         evaluations: after how many of the scheduler's timesteps the run ends; None: all.
-        guidance_scale: g of u + g (c - u), a float or a (H, W) tensor; of no effect without uncond. Or a function of the
-            `StepContext` of all windows that gives it, or None for no guidance, asked before each step.
+        guidance_scale: g of u + g (c - u), a float or a (H, W) tensor; of no effect without uncond. Or a function of
+            the `StepContext` of all windows that gives it, or None for no guidance, asked before each step.
         guidance_rescale: share by which the guided prediction is rescaled to the standard deviation of cond (Lin et al.
             2024, section 3.4), over the whole canvas; or a function that gives it, as for `guidance_scale`.
         eta: of schedulers that take it (DDIM).
@@ -111,8 +111,8 @@ def sample(
             replay it: `instantas.sampling.graphs`. For a denoiser that CUDA can capture, on a scheduler with a
             recurrence. No gradients.
         callback: function of (step, timestep, latents) after each step; returns latents to go on with, or None.
-            StopIteration ends the run with the latents as they are. One with a parameter `denoised` is told the clean
-            latents that `scheduler.step` gave beside, None where it gives none or is not called.
+            StopIteration ends the run, with its value as the latents if it has one. One with a parameter `denoised` is
+            told the clean latents that `scheduler.step` gave beside, None where it gives none or is not called.
 
     Returns:
         (B, C, H, W) latents, of the dtype given.
@@ -146,8 +146,8 @@ def sample(
             told = {name: update.denoised for name in told}
             try:
                 replaced = callback(i, t, state.canvas.clone() if cuda_graph else state.canvas, **told)
-            except StopIteration:
-                break
+            except StopIteration as stop:
+                return state.canvas if stop.value is None else stop.value
             state = state if replaced is None else replace(state, canvas=replaced)
     return state.canvas
 
@@ -229,7 +229,9 @@ class _Advance:
 def set_timesteps(scheduler, num_inference_steps, timesteps, device, sigmas=None, **settings) -> None:
     """Set a number of steps or a list of timesteps or sigmas on the scheduler; none: keep those that it has."""
     if isinstance(scheduler, type):
-        raise TypeError(f"scheduler: expected an instance, got the class; {scheduler.__name__}.from_config(...) makes one")
+        raise TypeError(
+            f"scheduler: expected an instance, got the class; {scheduler.__name__}.from_config(...) makes one"
+        )
     for method in ("set_timesteps", "step"):
         if not callable(getattr(scheduler, method, None)):
             raise TypeError(f"scheduler: expected a diffusers scheduler, got {type(scheduler).__name__}")

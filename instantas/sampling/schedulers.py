@@ -65,8 +65,8 @@ def probe(scheduler, eta: float = 0.0) -> Recurrence | None:
         if not np.isfinite(trajectory).all():
             step = int(np.isfinite(trajectory[1:]).all(1).argmin())
             raise ValueError(
-                f"scheduler: expected finite steps, got NaN or infinite ones of {type(scheduler).__name__} from timestep "
-                f"{scheduler.timesteps[step]} on, for {_said(scheduler)}"
+                f"scheduler: expected finite steps, got NaN or infinite ones of {type(scheduler).__name__} from "
+                f"timestep {scheduler.timesteps[step]} on, for {_said(scheduler)}"
             )
         if draws:
             return None
