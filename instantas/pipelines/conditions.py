@@ -78,12 +78,12 @@ def adapter_embeds(
 
     Args:
         image: a picture, or a list with one or a list of several for each IP-Adapter.
-        embeds: in place of it, one tensor for each, (1, pictures, ...) or under guidance (2, pictures, ...) with the
-            unconditional ones first.
+        embeds: in place of it, one tensor for each, (k, pictures, ...) or under guidance (2 k, pictures, ...) with the
+            unconditional ones first. As in diffusers, every picture painted has all k.
 
     Returns:
-        One tensor for each, with as many rows as there are pictures, under guidance twice as many, the unconditional
-        ones first.
+        One tensor for each, (k times the pictures painted, pictures, ...), under guidance twice as many rows, the
+        unconditional ones first.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
@@ -107,19 +107,17 @@ def adapter_embeds(
     count = len(value) if isinstance(value, list) else 1
     if count != len(layers):
         raise ValueError(f"{name}: expected one for each of {len(layers)} IP-Adapters, got {count}")
-    rows = 1 + guided
     for tensor in embeds or ():
-        if len(tensor) != rows:
-            raise ValueError(
-                f"{name}: expected {rows} row{'s, the unconditional one first' if guided else ''}, got {len(tensor)}"
-            )
+        if not len(tensor) or len(tensor) % (1 + guided):
+            wanted = "an even number of rows, the unconditional ones first" if guided else "some rows"
+            raise ValueError(f"{name}: expected {wanted}, got {len(tensor)}")
         if not tensor.isfinite().all():
             raise ValueError(f"{name}: expected finite values, got NaN or infinite ones")
     prepared = pipe.prepare_ip_adapter_image_embeds(image, embeds, pipe._execution_device, pictures, guided)
-    for layer in layers:  # FaceID Plus has a second embedding, which is set on it
+    for layer, tensor in zip(layers, prepared):  # FaceID Plus has a second embedding, which is set on it
         own = getattr(layer, "clip_embeds", None)
-        if own is not None and len(own) != rows * pictures:
-            raise ValueError(f"clip_embeds: expected {rows * pictures} rows, as there are pictures, got {len(own)}")
+        if own is not None and len(own) != len(tensor):
+            raise ValueError(f"clip_embeds: expected {len(tensor)} rows, as {name} has for all pictures, got {len(own)}")
     return prepared
 
 

@@ -54,6 +54,7 @@ class WindowDenoiser:
         self.image_embeds, self.adapter_masks = image_embeds, adapter_masks
         self.cross_attention_kwargs = cross_attention_kwargs
         self.guided, self.time_ids_shift = prompts.negative is not None, None
+        self._branches = 1 + self.guided
 
     def phase(self, context: StepContext) -> tuple:
         """What is done differently at some steps than at others, for `instantas.sampling.graphs`."""
@@ -75,7 +76,7 @@ class WindowDenoiser:
         if self.control is not None:
             residuals = self._controlled(sample, timestep, text, added, picture, context)
         if self.image_embeds is not None:
-            added = (added or {}) | {"image_embeds": [self._rows(embeds, picture) for embeds in self.image_embeds]}
+            added = (added or {}) | {"image_embeds": [self._blocks(embeds, picture) for embeds in self.image_embeds]}
         with self._second_embeddings(picture):
             predicted = self.unet(
                 sample,
@@ -100,6 +101,10 @@ class WindowDenoiser:
         conditional = self._conditional(tensor, picture)
         return tensor[torch.cat([picture, conditional]) if self.guided else conditional]
 
+    def _blocks(self, embeds, picture):
+        """Of embeddings for IP-Adapters, of which every picture of each branch has several rows, one after the other."""
+        return self._rows(embeds.unflatten(0, (self._branches * len(self.prompts.embeds), -1)), picture).flatten(0, 1)
+
     def _conditional(self, tensor, picture):
         """The conditional rows of such a tensor; the unconditional ones are those of `picture`."""
         pictures = len(self.prompts.embeds)
@@ -119,7 +124,7 @@ class WindowDenoiser:
         layers = () if self.image_embeds is None else self.unet.encoder_hid_proj.image_projection_layers
         kept = {layer: layer.clip_embeds for layer in layers if getattr(layer, "clip_embeds", None) is not None}
         for layer, embeds in kept.items():
-            layer.clip_embeds = self._rows(embeds, picture)
+            layer.clip_embeds = self._blocks(embeds, picture)
         try:
             yield
         finally:

@@ -146,6 +146,14 @@ def test_a_cutoff_of_the_scale():
     assert difference(*made) < 1e-4 < difference(made[1], paint(theirs, **call))
 
 
+@pytest.mark.parametrize("name, scale, rows", [("sd", 4.0, 4), ("sd", 1.0, 2), ("lcm", 4.0, 2), ("xl", 1.0, 3)])
+def test_several_rows_belong_to_every_picture(name, scale, rows):
+    theirs = load_adapters(PIPELINES[name]())
+    embeds = [random(rows, 1, WIDTH)]
+    got, wanted = both(theirs, ip_adapter_image_embeds=embeds, guidance_scale=scale, prompt=["wall", "grass"])
+    assert difference(got, wanted) < 1e-4
+
+
 def halves(height, width):
     """Masks of the left half and of the right."""
     left = torch.zeros(height, width)
@@ -216,10 +224,10 @@ def test_every_window_has_its_rows_of_what_is_set_on_a_projection():
          dict(ip_adapter_image=torch.zeros(1, 3, 8, 8), ip_adapter_image_embeds=[random(2, 1, WIDTH)])),
         (True, ValueError, "ip_adapter_image_embeds: expected one for each of 1",
          dict(ip_adapter_image_embeds=[random(2, 1, WIDTH)] * 2)),
-        (True, ValueError, "ip_adapter_image_embeds: expected 2 rows",
+        (True, ValueError, "ip_adapter_image_embeds: expected an even number of rows",
          dict(ip_adapter_image_embeds=[random(1, 1, WIDTH)])),
-        (True, ValueError, "ip_adapter_image_embeds: expected 1 row,",
-         dict(ip_adapter_image_embeds=[random(2, 1, WIDTH)], guidance_scale=1.0)),
+        (True, ValueError, "ip_adapter_image_embeds: expected some rows",
+         dict(ip_adapter_image_embeds=[random(0, 1, WIDTH)], guidance_scale=1.0)),
         (True, TypeError, "ip_adapter_image_embeds: expected a list of tensors",
          dict(ip_adapter_image_embeds=random(2, 1, WIDTH))),
         (True, ValueError, "ip_adapter_image_embeds: expected finite",
