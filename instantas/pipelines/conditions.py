@@ -117,7 +117,9 @@ def adapter_embeds(
     for layer, tensor in zip(layers, prepared):  # FaceID Plus has a second embedding, which is set on it
         own = getattr(layer, "clip_embeds", None)
         if own is not None and len(own) != len(tensor):
-            raise ValueError(f"clip_embeds: expected {len(tensor)} rows, as {name} has for all pictures, got {len(own)}")
+            raise ValueError(
+                f"clip_embeds: expected {len(tensor)} rows, as {name} has for all pictures, got {len(own)}"
+            )
     return prepared
 
 

@@ -76,7 +76,8 @@ class WindowDenoiser:
         if self.control is not None:
             residuals = self._controlled(sample, timestep, text, added, picture, context)
         if self.image_embeds is not None:
-            added = (added or {}) | {"image_embeds": [self._blocks(embeds, picture) for embeds in self.image_embeds]}
+            embeds = [self._blocks(of_one, picture) for of_one in self.image_embeds]
+            added = (added or {}) | {"image_embeds": embeds}
         with self._second_embeddings(picture):
             predicted = self.unet(
                 sample,
@@ -102,7 +103,7 @@ class WindowDenoiser:
         return tensor[torch.cat([picture, conditional]) if self.guided else conditional]
 
     def _blocks(self, embeds, picture):
-        """Of embeddings for IP-Adapters, of which every picture of each branch has several rows, one after the other."""
+        """Of embeddings for IP-Adapters, of which every picture of each branch has several rows in a row."""
         return self._rows(embeds.unflatten(0, (self._branches * len(self.prompts.embeds), -1)), picture).flatten(0, 1)
 
     def _conditional(self, tensor, picture):

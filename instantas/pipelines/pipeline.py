@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
-import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 from diffusers.pipelines.stable_diffusion_xl import StableDiffusionXLPipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 
-from instantas.checks import flag, integer, pair, real
+from instantas.checks import real
 from instantas.pipelines.arguments import (
     check_callback,
     check_choices,
@@ -29,24 +26,21 @@ from instantas.pipelines.arguments import (
     is_xl,
 )
 from instantas.pipelines.attention import regional_prompts
-from instantas.pipelines.callbacks import RunSettings, StepEnd
+from instantas.pipelines.callbacks import StepEnd
 from instantas.pipelines.codec import decode
 from instantas.pipelines.conditions import adapter_embeds, adapter_masks, embed, micro_conditions
 from instantas.pipelines.control import control, picture_size
 from instantas.pipelines.denoiser import WindowDenoiser
-from instantas.pipelines.loading import load
+from instantas.pipelines.held import HeldPipeline
 from instantas.pipelines.multidiffusion import RegionDenoiser, plain_colours, region_prompts
-from instantas.pipelines.turns import turn
+from instantas.pipelines.turns import host_tensors, turn
 from instantas.regions import RegionMap, check_blend, region_lists
 from instantas.regions.prompts import encode_prompts
 from instantas.sampling.bridging import bridge, evaluations
 from instantas.sampling.sampler import check_settings, sample, set_timesteps
-from instantas.windows import WindowPlan
-
-METHODS = ("instantas", "multidiffusion")
 
 
-class InstantASPipeline(RunSettings):
+class InstantASPipeline(HeldPipeline):
     """Text to image at any size with a Stable Diffusion 1.x, 2.x or XL model, with or without a ControlNet.
 
     Holds a diffusers pipeline and evaluates its UNet on windows of its native size. Components and everything else that
@@ -62,88 +56,6 @@ class InstantASPipeline(RunSettings):
     Raises:
         TypeError: for another kind of pipeline.
     """
-
-    def __init__(self, pipe: DiffusionPipeline, defaults: dict | None = None):
-        check_pipeline(pipe, whole=False)
-        usual = {
-            name: inspect.signature(type(pipe).__call__).parameters[name].default
-            for name in ("num_inference_steps", "guidance_scale")
-        }
-        self.__dict__.update(pipe=pipe, defaults=usual | (defaults or {}))
-
-    @classmethod
-    def from_pretrained(cls, model: str | os.PathLike, **settings: Any) -> InstantASPipeline:
-        """Load a model from a folder in diffusers' layout, from a single checkpoint file or from the hub.
-
-        Args:
-            settings: of diffusers' `from_pretrained` or `from_single_file`, such as torch_dtype, variant, controlnet.
-
-        Raises:
-            ValueError: for a folder or file that is missing or incomplete.
-        """
-        return cls(*load(model, **settings))
-
-    @classmethod
-    def from_pipe(cls, pipe: DiffusionPipeline) -> InstantASPipeline:
-        """Around a diffusers pipeline that is there already; its components are shared, not copied.
-
-        Raises:
-            TypeError: for a pipeline of another kind than text to image, whose part in the picture would be lost.
-        """
-        return cls(pipe.pipe if isinstance(pipe, cls) else pipe)
-
-    def to(self, *args: Any, **kwargs: Any) -> InstantASPipeline:
-        """Move the components, as diffusers' `to` does."""
-        self.pipe.to(*args, **kwargs)
-        return self
-
-    def __getattr__(self, name):
-        if name == "pipe":  # not there yet: while it is being unpickled, say
-            raise AttributeError(name)
-        return getattr(self.pipe, name)
-
-    def __setattr__(self, name, value):
-        own = name in self.__dict__ or hasattr(type(self), name)
-        super().__setattr__(name, value) if own else setattr(self.pipe, name, value)
-
-    @property
-    def cell(self) -> int:
-        """Pixels of a latent cell."""
-        return self.pipe.vae_scale_factor
-
-    @property
-    def window(self) -> tuple[int, int]:
-        """(height, width) in cells that the UNet was trained on; where its configuration does not say, its family's."""
-        size = self.pipe.unet.config.sample_size or (128 if is_xl(self.pipe) else 64)
-        return (size, size) if isinstance(size, int) else tuple(size)
-
-    def canvas(self, height: int, width: int) -> tuple[int, int]:
-        """(rows, columns) of latent cells for a picture of so many pixels.
-
-        Whole cells, and at least as many as the UNet's coarsest level needs to have one.
-        """
-        least = 2 ** (len(self.pipe.unet.config.down_block_types) - 1)
-        return tuple(max(least, -(-side // self.cell)) for side in (height, width))
-
-    def plan(
-        self,
-        height: int,
-        width: int,
-        *,
-        wrap: tuple[bool, bool] = (False, False),
-        method: str = "instantas",
-        stride: int | tuple[int, int] | None = None,
-    ) -> WindowPlan:
-        """The windows for a picture of so many pixels; arguments as in the call."""
-        height, width, wrap = self._size(height, width, wrap)
-        if method not in METHODS:
-            raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
-        if method == "instantas":
-            if stride is not None:
-                raise ValueError(f"stride: expected None, as only multidiffusion has one, got {stride!r}")
-            return WindowPlan.minimum_coverage(*self.canvas(height, width), self.window, wrap=wrap)
-        strides = tuple(max(1, side // 8) for side in self.window) if stride is None else stride
-        return WindowPlan.strided(*self.canvas(height, width), self.window, strides, wrap=wrap)
 
     @torch.no_grad()
     def __call__(
@@ -200,7 +112,7 @@ class InstantASPipeline(RunSettings):
         denoising_end: float | None = None,
         original_inference_steps: int | None = None,
         **unknown: Any,
-    ) -> StableDiffusionPipelineOutput | StableDiffusionXLPipelineOutput | tuple:
+    ) -> Any:
         """Paint pictures. What is not listed is diffusers' and means the same.
 
         On a canvas of one window without regions the result is diffusers' own for the same seed. Pictures come prompt
@@ -247,7 +159,7 @@ class InstantASPipeline(RunSettings):
         check_names(unknown, height)
         pipe, default_device = self.pipe, torch.get_default_device()
         check_pipeline(pipe, whole=True)
-        with turn(getattr(pipe.unet, "_orig_mod", pipe.unet), pipe.scheduler), _host_tensors():
+        with turn(getattr(pipe.unet, "_orig_mod", pipe.unet), pipe.scheduler), host_tensors():
             check_scheduler(pipe.scheduler)
             height, width, wrap = self._size(*picture_size(image, height, width), wrap)
             plan = self.plan(height, width, wrap=wrap, method=method, stride=stride)
@@ -371,21 +283,6 @@ class InstantASPipeline(RunSettings):
             return images, flagged
         return StableDiffusionPipelineOutput(images=images, nsfw_content_detected=flagged)
 
-    def _size(self, height, width, wrap):
-        """(height, width, wrap), checked."""
-        height, width = (
-            side * self.cell if given is None else given for given, side in zip((height, width), self.window)
-        )
-        wrap = pair("wrap", wrap, flag)
-        for name, side, wraps in zip(("height", "width"), (height, width), wrap):
-            integer(name, side, 1, expected="a positive whole number of pixels")
-            if wraps and (side % self.cell or side < self.canvas(1, 1)[0] * self.cell):
-                raise ValueError(f"{name}: expected a multiple of {self.cell} pixels on an axis that wraps, got {side}")
-        return int(height), int(width), wrap
-
-    def _default(self, name, value):
-        return self.defaults[name] if value is None else value
-
     def _regions(self, regions, size, wrap, base_weight, semantic_schedule):
         check_blend(base_weight, semantic_schedule)
         lists = region_lists(regions or ())
@@ -479,8 +376,3 @@ def _evaluations(scheduler, denoising_end) -> int:
     if not count:
         raise ValueError(f"denoising_end: expected at least one step before it, got {denoising_end}")
     return count
-
-
-def _host_tensors():
-    """Tensors that are made without a device are the host's, whatever the default device is."""
-    return contextlib.nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")

@@ -1,4 +1,4 @@
-"""Threads that share a pipeline take turns: a run sets the scheduler's timesteps and the network's processors."""
+"""What a run shares with its surroundings: other threads, which take turns, and torch's default device."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import threading
 import weakref
 from collections.abc import Iterator
 
+import torch
+
 _locks: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 _guard = threading.Lock()
 
@@ -14,6 +16,8 @@ _guard = threading.Lock()
 @contextlib.contextmanager
 def turn(*parts) -> Iterator[None]:
     """Waits until no other thread has a turn with one of the parts; the thread that has it may enter again.
+
+    A run sets the scheduler's timesteps and the network's processors.
 
     Args:
         parts: objects that a run changes, such as a network and a scheduler. Of several, none is waited for while one
@@ -26,3 +30,8 @@ def turn(*parts) -> Iterator[None]:
                 lock = _locks.setdefault(parts[number], threading.RLock())
             stack.enter_context(lock)
         yield
+
+
+def host_tensors() -> contextlib.AbstractContextManager:
+    """Tensors that are made without a device are the host's, whatever the default device is."""
+    return contextlib.nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")

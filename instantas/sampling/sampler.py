@@ -444,7 +444,7 @@ def _evaluations(number, timesteps):
     return timesteps if number is None else number
 
 
-def _check_graph(cuda_graph, latents, scheduler, recurrence, guidance):
+def _check_graph(cuda_graph, latents, scheduler, recurrence, guidance=()):
     if flag("cuda_graph", cuda_graph) and latents.device.type != "cuda":
         raise ValueError(f"cuda_graph: expected False for latents that are not on a CUDA device, got {latents.device}")
     if cuda_graph and recurrence is None:
