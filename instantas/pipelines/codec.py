@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,12 @@ HALO = 8  # cells from a tile's border to where it counts: a decoder without att
 RAMP = 16  # cells over which one tile gives way to the next: what group norms make of each fades unseen
 
 
-def decode(vae, latents: torch.Tensor, wrap: tuple[bool, bool] = (False, False)) -> torch.Tensor:
+def decode(
+    vae: Any,
+    latents: torch.Tensor,
+    wrap: tuple[bool, bool] = (False, False),
+    generator: torch.Generator | list[torch.Generator] | None = None,
+) -> torch.Tensor:
     """(B, C, H, W) latents as the diffusion model has them -> (B, 3, H cell, W cell) pictures in -1..1.
 
     A canvas of at most TILE^2 cells is decoded at once. A larger one is decoded in tiles whose outer HALO cells do not
@@ -25,7 +31,9 @@ def decode(vae, latents: torch.Tensor, wrap: tuple[bool, bool] = (False, False))
     Args:
         vae: a diffusers autoencoder (AutoencoderKL, AutoencoderTiny).
         wrap: (vertical, horizontal).
+        generator: for decoders that draw noise; a list has one for each picture.
     """
+    generators = generator if isinstance(generator, list) else [generator] * len(latents)
     with _precise(vae):
         latents = _unscaled(vae, latents).to(vae.dtype)
         height, width = latents.shape[-2:]
@@ -35,16 +43,20 @@ def decode(vae, latents: torch.Tensor, wrap: tuple[bool, bool] = (False, False))
         rows, columns = (torch.arange(-r, n + r, device=latents.device) % n for r, n in zip(rims, (height, width)))
         latents = latents[:, :, rows[:, None], columns] if any(rims) else latents
         wrap = tuple(wraps and not rim for wraps, rim in zip(wrap, rims))
-        decoded = [_in_tiles(vae, picture, wrap) if tiled else _decoded(vae, picture) for picture in latents.split(1)]
-        images = torch.cat(decoded)
+        images = torch.cat(
+            [
+                _in_tiles(vae, picture, wrap, source) if tiled else _decoded(vae, picture, source)
+                for picture, source in zip(latents.split(1), generators)
+            ]
+        )
         cell = images.shape[-1] // len(columns)
         (y, x), (h, w) = (rim * cell for rim in rims), (height * cell, width * cell)
         return images[:, :, y : y + h, x : x + w]
 
 
-def _in_tiles(vae, latents, wrap):
+def _in_tiles(vae, latents, wrap, generator):
     plan = WindowPlan.strided(*latents.shape[-2:], TILE, TILE - 2 * HALO - RAMP, wrap=wrap)
-    tiles = [_decoded(vae, tile) for tile in ops.gather_windows(latents, plan)[0].split(1)]
+    tiles = [_decoded(vae, tile, generator) for tile in ops.gather_windows(latents, plan)[0].split(1)]
     cell = tiles[0].shape[-1] // plan.window[1]
     h, w = (side * cell for side in plan.window)
     pixels = WindowPlan(plan.height * cell, plan.width * cell, (h, w), plan.origins * cell, wrap)
@@ -67,8 +79,8 @@ def _tile_weights(plan: WindowPlan, cell: int) -> np.ndarray:
     return (axes[0][:, :, None] * axes[1][:, None, :]).astype(np.float32)
 
 
-def _decoded(vae, latents):
-    return vae.decode(latents, return_dict=False)[0]
+def _decoded(vae, latents, generator):
+    return vae.decode(latents, return_dict=False, generator=generator)[0]
 
 
 def _unscaled(vae, latents):

@@ -1,12 +1,16 @@
-"""What a diffusers UNet is told beside the noisy windows: prompts, SDXL's sizes and crops, a ControlNet's images."""
+"""What a diffusers UNet is told beside the noisy windows: prompts, pictures of IP-Adapters, SDXL's sizes and crops."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+
+from instantas.pipelines.arguments import is_xl
+from instantas.sampling.sampler import StepContext
 
 
 @dataclass(frozen=True)
@@ -27,19 +31,23 @@ class Prompts:
         return Prompts(*(t if t is None else t.to(dtype) for t in (getattr(self, f.name) for f in fields(self))))
 
 
-def is_xl(pipe) -> bool:
-    """Whether the UNet takes SDXL's pooled embeddings and time ids."""
-    return pipe.unet.config.addition_embed_type == "text_time"
-
-
-def embed(pipe, texts: dict, *, copies: int, guided: bool, lora_scale=None, clip_skip=None) -> Prompts:
+def embed(
+    pipe: Any,
+    texts: dict[str, Any],
+    *,
+    copies: int,
+    guided: bool,
+    lora_scale: float | None = None,
+    clip_skip: int | None = None,
+) -> Prompts:
     """Embed prompts by the pipeline's `encode_prompt`, `copies` pictures of each.
 
     Args:
         texts: prompt, negative_prompt, prompt_embeds and the like by name; those that are None are left out.
+
+    Raises:
+        ValueError: for embeddings of another length than those that are made here.
     """
-    if not is_xl(pipe) and (unfit := [n for n, v in texts.items() if v is not None and ("_2" in n or "pooled" in n)]):
-        raise ValueError(f"{unfit[0]}: expected None, as the model has one text encoder and no pooled embeddings")
     prompt, negative = texts.get("prompt"), texts.get("negative_prompt")
     if isinstance(prompt, list) and isinstance(negative, str):
         texts = texts | {"negative_prompt": [negative] * len(prompt)}
@@ -54,39 +62,102 @@ def embed(pipe, texts: dict, *, copies: int, guided: bool, lora_scale=None, clip
     )
     if not guided:
         return Prompts(embeds, None, *pooled[:1]).to(pipe.unet.dtype)
+    if embeds.shape != negative.shape:
+        name = "negative_prompt_embeds" if texts.get("negative_prompt_embeds") is not None else "prompt_embeds"
+        own, other = (negative, embeds) if name.startswith("negative") else (embeds, negative)
+        raise ValueError(
+            f"{name}: expected {other.shape[1]} tokens, as the other branch of guidance has, got {own.shape[1]}"
+        )
     return Prompts(embeds, negative, *pooled).to(pipe.unet.dtype)
 
 
-def check_texts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds) -> None:
-    """Refuse prompts that do not go together.
+def adapter_embeds(
+    pipe: Any, image: Any, embeds: list[torch.Tensor] | None, *, pictures: int, guided: bool
+) -> list[torch.Tensor] | None:
+    """Embedded pictures of each IP-Adapter, as its projection takes them; None without an IP-Adapter.
+
+    Args:
+        image: a picture, or a list with one or a list of several for each IP-Adapter.
+        embeds: in place of it, one tensor for each, (k, pictures, ...) or under guidance (2 k, pictures, ...) with the
+            unconditional ones first. As in diffusers, every picture painted has all k.
+
+    Returns:
+        One tensor for each, (k times the pictures painted, pictures, ...), under guidance twice as many rows, the
+        unconditional ones first.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
-    for name, text, embeds in (
-        ("prompt", prompt, prompt_embeds),
-        ("negative_prompt", negative_prompt, negative_prompt_embeds),
-    ):
-        if text is not None and embeds is not None:
-            raise ValueError(f"{name}: expected either {name} or {name}_embeds, got both")
-        if isinstance(text, list) and not (text and all(isinstance(t, str) for t in text)):
-            raise TypeError(f"{name}: expected a string or a list of strings, got {text!r}")
-        if text is not None and not isinstance(text, (str, list)):
-            raise TypeError(f"{name}: expected a string or a list of strings, got {type(text).__name__}")
-        if embeds is not None and not (isinstance(embeds, torch.Tensor) and embeds.dim() == 3):
-            raise TypeError(f"{name}_embeds: expected a tensor (prompts, L, D), got {embeds!r:.80}")
-    if prompt is None and prompt_embeds is None:
-        raise ValueError("prompt: expected a prompt or prompt_embeds, got neither")
-    if isinstance(negative_prompt, list):
-        count = len(prompt_embeds) if prompt is None else len(prompt) if isinstance(prompt, list) else 1
-        if len(negative_prompt) != count:
-            raise ValueError(f"negative_prompt: expected one for each of {count} prompts, got {len(negative_prompt)}")
-    if prompt_embeds is not None and negative_prompt_embeds is not None:
-        if prompt_embeds.shape != negative_prompt_embeds.shape:
+    if pipe.unet.config.encoder_hid_dim_type is None:
+        for name, value in (("ip_adapter_image", image), ("ip_adapter_image_embeds", embeds)):
+            if value is not None:
+                raise ValueError(f"{name}: expected None, as no IP-Adapter is loaded, got {type(value).__name__}")
+        return None
+    layers = pipe.unet.encoder_hid_proj.image_projection_layers
+    if (image is None) == (embeds is None):
+        raise ValueError(
+            "ip_adapter_image: expected a picture, or ip_adapter_image_embeds in its place, for the IP-Adapter that is "
+            f"loaded, got {'neither' if image is None else 'both'}"
+        )
+    if image is not None and getattr(pipe, "image_encoder", None) is None:
+        raise ValueError("ip_adapter_image: expected ip_adapter_image_embeds, as the pipeline has no image_encoder")
+    name, value = ("ip_adapter_image", image) if embeds is None else ("ip_adapter_image_embeds", embeds)
+    if embeds is not None and not (isinstance(embeds, list) and all(_has_axes(e, 3, 4) for e in embeds)):
+        raise TypeError(f"{name}: expected a list of tensors of 3 or 4 axes, got {embeds!r:.80}")
+    count = len(value) if isinstance(value, list) else 1
+    if count != len(layers):
+        raise ValueError(f"{name}: expected one for each of {len(layers)} IP-Adapters, got {count}")
+    for tensor in embeds or ():
+        if not len(tensor) or len(tensor) % (1 + guided):
+            wanted = "an even number of rows, the unconditional ones first" if guided else "some rows"
+            raise ValueError(f"{name}: expected {wanted}, got {len(tensor)}")
+        if not tensor.isfinite().all():
+            raise ValueError(f"{name}: expected finite values, got NaN or infinite ones")
+    prepared = pipe.prepare_ip_adapter_image_embeds(image, embeds, pipe._execution_device, pictures, guided)
+    for layer, tensor in zip(layers, prepared):  # FaceID Plus has a second embedding, which is set on it
+        own = getattr(layer, "clip_embeds", None)
+        if own is not None and len(own) != len(tensor):
             raise ValueError(
-                f"negative_prompt_embeds: expected {tuple(prompt_embeds.shape)} like prompt_embeds, got "
-                f"{tuple(negative_prompt_embeds.shape)}"
+                f"clip_embeds: expected {len(tensor)} rows, as {name} has for all pictures, got {len(own)}"
             )
+    return prepared
+
+
+def _has_axes(value, *axes):
+    return isinstance(value, torch.Tensor) and value.dim() in axes
+
+
+def adapter_masks(
+    pipe: Any, attention: dict | None, size: tuple[int, int], canvas: tuple[int, int], *, whole: bool
+) -> list | None:
+    """The masks of IP-Adapters among `cross_attention_kwargs`, one (1, pictures, *canvas) for each, to be cut.
+
+    None without, and where windows are `whole` canvases: the layers then fit the masks themselves.
+
+    Args:
+        size, canvas: (height, width) in pixels of the picture, and of the whole cells that hold it.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
+    masks = (attention or {}).get("ip_adapter_masks")
+    if masks is None:
+        return None
+    if pipe.unet.config.encoder_hid_dim_type is None:
+        raise ValueError("cross_attention_kwargs: expected no ip_adapter_masks, as no IP-Adapter is loaded")
+    masks = masks if isinstance(masks, list) else list(masks.unsqueeze(1))
+    fitted = []
+    for mask in masks:
+        if mask is not None and not (_has_axes(mask, 4) and len(mask) == 1 and mask.isfinite().all()):
+            raise ValueError(
+                "cross_attention_kwargs: expected ip_adapter_masks of shape (1, pictures, height, width) and finite, "
+                f"got {mask!r:.80}"
+            )
+        if mask is not None and not whole and tuple(mask.shape[2:]) != tuple(canvas):
+            mask = mask if tuple(mask.shape[2:]) == tuple(size) else F.interpolate(mask.float(), size, mode="area")
+            mask = F.pad(mask, (0, canvas[1] - size[1], 0, canvas[0] - size[0]), mode="replicate")
+        fitted.append(mask if mask is None else mask.to(pipe._execution_device))
+    return None if whole else fitted
 
 
 @dataclass(frozen=True)
@@ -107,19 +178,24 @@ class MicroConditions:
     crop: tuple[int, int] = (0, 0)
     negative: MicroConditions | None = None
 
-    def ids(self, context, cell: int) -> torch.Tensor:
-        """(m, 6) int64: original size, crop and target size of each window of a `sampler.StepContext`."""
+    def ids(self, context: StepContext, cell: int) -> torch.Tensor:
+        """(m, 6) int64: original size, crop and target size of each window of a step."""
+        y, x = context.origins.long().mul(cell).T
+        return self.placed(y, x, [side * cell for side in context.plan.window], whole=context.view is not None)
+
+    def placed(self, y: torch.Tensor, x: torch.Tensor, window: Sequence[int], *, whole: bool = False) -> torch.Tensor:
+        """(m, 6) int64 of windows of a size in pixels at (y, x), int64 (m,); `whole`: each sees all, in strides."""
         # padding to whole cells is no part of the picture
-        window = [min(side * cell, whole) for side, whole in zip(context.plan.window, self.canvas)]
-        original, (y, x) = self.canvas, context.origins.long().mul(cell).T
-        if context.view is not None:  # each window sees the whole picture, in strides
+        window = [min(inside, outside) for inside, outside in zip(window, self.canvas)]
+        original = self.canvas
+        if whole:
             original, y, x = window, torch.zeros_like(y), torch.zeros_like(x)
         sizes = (*(self.original_size or original), *(self.target_size or window))
         top, left, bottom, right = (torch.full_like(y, size) for size in sizes)
         return torch.stack([top, left, y + self.crop[0], x + self.crop[1], bottom, right], dim=1)
 
 
-def micro_conditions(pipe, canvas, given: tuple, negative: tuple) -> MicroConditions | None:
+def micro_conditions(pipe: Any, canvas: tuple[int, int], given: tuple, negative: tuple) -> MicroConditions | None:
     """SDXL's conditions from (original size, target size, crop); as in diffusers, negative ones need both sizes.
 
     Raises:
@@ -130,65 +206,3 @@ def micro_conditions(pipe, canvas, given: tuple, negative: tuple) -> MicroCondit
     if any(value not in (None, (0, 0)) for value in (*given, *negative)):
         raise ValueError(f"original_size: expected no SDXL conditions for another model, got {given}, {negative}")
     return None
-
-
-@dataclass(frozen=True)
-class Control:
-    """What a ControlNet is given.
-
-    Attributes:
-        images: one (pictures, 3, height, width) for each network, as large as the canvas.
-        scales: one for each network.
-        spans: (start, end) for each network, the part of the steps in which it has a say.
-        guess_mode: the network is evaluated for the conditional branch alone.
-    """
-
-    images: Sequence[torch.Tensor]
-    scales: Sequence[float]
-    spans: Sequence[tuple[float, float]]
-    guess_mode: bool = False
-
-
-def control(
-    pipe, image, size, canvas, *, pictures: int, copies: int, scale=1.0, start=0.0, end=1.0, guess_mode=False
-) -> Control | None:
-    """The control of a pipeline with a ControlNet; None for one without.
-
-    Args:
-        image: as diffusers takes it, for several networks a list; resized to the picture.
-        size, canvas: (height, width) in pixels of the picture, and of the whole cells that hold it.
-        scale, start, end: floats, or lists with one for each network.
-    """
-    net = getattr(pipe, "controlnet", None)
-    if (net is None) != (image is None):
-        wanted = "None, as the pipeline has no ControlNet" if net is None else "one for the pipeline's ControlNet"
-        raise ValueError(f"image: expected {wanted}, got {type(image).__name__}")
-    if net is None:
-        return None
-    nets = list(getattr(net, "nets", [net]))
-    images = image if hasattr(net, "nets") else [image]
-    listed = [v if isinstance(v, (list, tuple)) else [v] * len(nets) for v in (scale, start, end)]
-    names = ("image", "controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end")
-    for name, values in zip(names, (images, *listed)):
-        if not isinstance(values, (list, tuple)) or len(values) != len(nets):
-            raise ValueError(f"{name}: expected one for each of {len(nets)} ControlNets, got {values!r:.80}")
-    for first, last in zip(*listed[1:]):
-        if not 0 <= first < last <= 1:
-            raise ValueError(f"control_guidance_start: expected 0 <= start < end <= 1, got {first} and {last}")
-    prepared = []
-    for given in images:
-        tensor = pipe.prepare_image(
-            image=given,
-            width=canvas[1],
-            height=canvas[0],
-            batch_size=pictures,
-            num_images_per_prompt=copies,
-            device=pipe._execution_device,
-            dtype=nets[0].dtype,
-        )
-        if tuple(size) != tuple(canvas):  # the picture's own pixels, and its edge continued over the padding
-            tensor = F.interpolate(tensor, tuple(size), mode="bilinear")
-            tensor = F.pad(tensor, (0, canvas[1] - size[1], 0, canvas[0] - size[0]), mode="replicate")
-        prepared.append(tensor)
-    guess_mode = guess_mode or nets[0].config.global_pool_conditions
-    return Control(prepared, listed[0], list(zip(*listed[1:])), guess_mode)

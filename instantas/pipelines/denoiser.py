@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 
 from instantas.pipelines.attention import RegionalPrompts
-from instantas.pipelines.conditions import Control, MicroConditions, Prompts
+from instantas.pipelines.conditions import MicroConditions, Prompts
+from instantas.pipelines.control import Control
 from instantas.regions.masks import cut
+from instantas.sampling.sampler import StepContext
 
 
 class WindowDenoiser:
@@ -19,7 +24,14 @@ class WindowDenoiser:
         cell: pixels of a latent cell.
         regional: regional prompts that are installed on the UNet, to be told which windows come.
         micro: for SDXL.
-        timestep_cond: (1, E), the guidance embedding of distilled networks.
+        timestep_cond: (pictures, E), the guidance embedding of distilled networks.
+        image_embeds: of each IP-Adapter (`conditions.adapter_embeds`).
+        adapter_masks: of each, to be cut for the windows (`conditions.adapter_masks`).
+
+    Attributes:
+        guided: whether the next evaluations have an unconditional half. This and all of the above may be replaced
+            between two steps.
+        time_ids_shift: (pictures or 2 pictures, 6), added to SDXL's time ids; None: nothing.
     """
 
     def __init__(
@@ -32,21 +44,27 @@ class WindowDenoiser:
         micro: MicroConditions | None = None,
         control: Control | None = None,
         timestep_cond: torch.Tensor | None = None,
+        image_embeds: list[torch.Tensor] | None = None,
+        adapter_masks: list[torch.Tensor | None] | None = None,
         cross_attention_kwargs: dict | None = None,
     ):
         self.unet, self.controlnet = pipe.unet, getattr(pipe, "controlnet", None)
         self.prompts, self.cell, self.regional = prompts, cell, regional
         self.micro, self.control, self.timestep_cond = micro, control, timestep_cond
+        self.image_embeds, self.adapter_masks = image_embeds, adapter_masks
         self.cross_attention_kwargs = cross_attention_kwargs
-        self.guided = prompts.negative is not None
+        self.guided, self.time_ids_shift = prompts.negative is not None, None
+        self._branches = 1 + self.guided
 
-    def phase(self, context):
+    def phase(self, context: StepContext) -> tuple:
         """What is done differently at some steps than at others, for `instantas.sampling.graphs`."""
         progress = context.step / context.steps
         regions = None if self.regional is None else self.regional.regions.says(progress)
         return regions, None if self.control is None else self._scales(context)
 
-    def __call__(self, windows: torch.Tensor, timestep: torch.Tensor, context):
+    def __call__(
+        self, windows: torch.Tensor, timestep: torch.Tensor, context: StepContext
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(cond, uncond) of windows (m, C, h, w); uncond None without guidance."""
         if self.regional is not None:
             self.regional.at_step(context)
@@ -57,16 +75,20 @@ class WindowDenoiser:
         residuals = {}
         if self.control is not None:
             residuals = self._controlled(sample, timestep, text, added, picture, context)
-        predicted = self.unet(
-            sample,
-            timestep,
-            encoder_hidden_states=text,
-            timestep_cond=None if self.timestep_cond is None else self.timestep_cond.expand(len(sample), -1),
-            cross_attention_kwargs=self.cross_attention_kwargs,
-            added_cond_kwargs=added,
-            return_dict=False,
-            **residuals,
-        )[0]
+        if self.image_embeds is not None:
+            embeds = [self._blocks(of_one, picture) for of_one in self.image_embeds]
+            added = (added or {}) | {"image_embeds": embeds}
+        with self._second_embeddings(picture):
+            predicted = self.unet(
+                sample,
+                timestep,
+                encoder_hidden_states=text,
+                timestep_cond=None if self.timestep_cond is None else self._rows(self.timestep_cond, picture),
+                cross_attention_kwargs=self._attention(picture, context),
+                added_cond_kwargs=added,
+                return_dict=False,
+                **residuals,
+            )[0]
         if not self.guided:
             return predicted, None
         uncond, cond = predicted.chunk(2)
@@ -75,22 +97,64 @@ class WindowDenoiser:
     def _both(self, negative, positive, picture):
         return torch.cat([negative[picture], positive[picture]]) if self.guided else positive[picture]
 
+    def _rows(self, tensor, picture):
+        """Of a tensor with a row for each picture, or for each twice and the unconditional ones first."""
+        conditional = self._conditional(tensor, picture)
+        return tensor[torch.cat([picture, conditional]) if self.guided else conditional]
+
+    def _blocks(self, embeds, picture):
+        """Of embeddings for IP-Adapters, of which every picture of each branch has several rows in a row."""
+        return self._rows(embeds.unflatten(0, (self._branches * len(self.prompts.embeds), -1)), picture).flatten(0, 1)
+
+    def _conditional(self, tensor, picture):
+        """The conditional rows of such a tensor; the unconditional ones are those of `picture`."""
+        pictures = len(self.prompts.embeds)
+        return picture + pictures if len(tensor) == 2 * pictures else picture
+
+    def _attention(self, picture, context):
+        """What the attention layers are told, masks of IP-Adapters cut for the windows."""
+        if self.adapter_masks is None:
+            return self.cross_attention_kwargs
+        masks = [m if m is None else self._under(m, torch.zeros_like(picture), context) for m in self.adapter_masks]
+        masks = [m if m is None or not self.guided else torch.cat([m, m]) for m in masks]
+        return self.cross_attention_kwargs | {"ip_adapter_masks": masks}
+
+    @contextlib.contextmanager
+    def _second_embeddings(self, picture) -> Iterator[None]:
+        """The windows' own rows of what FaceID Plus keeps on its layers."""
+        layers = () if self.image_embeds is None else self.unet.encoder_hid_proj.image_projection_layers
+        kept = {layer: layer.clip_embeds for layer in layers if getattr(layer, "clip_embeds", None) is not None}
+        for layer, embeds in kept.items():
+            layer.clip_embeds = self._blocks(embeds, picture)
+        try:
+            yield
+        finally:
+            for layer, embeds in kept.items():
+                layer.clip_embeds = embeds
+
     def _added(self, picture, context, dtype):
         if self.micro is None:
             return None
         ids = self.micro.ids(context, self.cell)
         if self.guided:
             ids = torch.cat([(self.micro.negative or self.micro).ids(context, self.cell), ids])
+        if self.time_ids_shift is not None:
+            ids = ids + self._rows(self.time_ids_shift, picture)
         pooled = self._both(self.prompts.negative_pooled, self.prompts.pooled, picture)
         return {"text_embeds": pooled, "time_ids": ids.to(dtype)}
 
     def _controlled(self, sample, timestep, text, added, picture, context):
         control = self.control
         scales = list(self._scales(context))
-        images = [self._under(image, picture, context).to(sample.dtype) for image in control.images]
         alone = len(picture) if control.guess_mode and self.guided else 0  # leaves the unconditional half out
-        if self.guided and not alone:
-            images = [torch.cat([image, image]) for image in images]
+        images = []
+        for image in control.images:
+            conditional = self._conditional(image, picture)
+            halves = [self._under(image, conditional, context).to(sample.dtype)]
+            if self.guided and not alone:
+                same = conditional is picture
+                halves = [halves[0] if same else self._under(image, picture, context).to(sample.dtype), *halves]
+            images.append(torch.cat(halves))
         several = hasattr(self.controlnet, "nets")
         down, middle = self.controlnet(
             sample[alone:],

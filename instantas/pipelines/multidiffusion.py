@@ -7,6 +7,7 @@ replaced by a noised plain colour in the first steps (bootstrapping), so that th
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -14,6 +15,7 @@ from instantas.pipelines.conditions import Prompts, embed
 from instantas.pipelines.denoiser import WindowDenoiser
 from instantas.regions import Region, RegionMap
 from instantas.regions.masks import cut
+from instantas.sampling.sampler import StepContext
 
 BOOTSTRAPPING = 20  # steps, of the authors' 50
 
@@ -41,7 +43,9 @@ class RegionDenoiser:
         self.denoisers, self.regions = denoisers, regions
         self.noise, self.backgrounds = noise, backgrounds
 
-    def __call__(self, windows: torch.Tensor, timestep: torch.Tensor, context):
+    def __call__(
+        self, windows: torch.Tensor, timestep: torch.Tensor, context: StepContext
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(cond, uncond or None) of windows (m, C, h, w)."""
         lists, progress = context.pictures * self.regions.pictures // len(self.noise), context.step / context.steps
         shares = self.regions.windows_at(context.plan, lists, context.origins, progress)
@@ -66,7 +70,9 @@ class RegionDenoiser:
         return context.level.signal * colour + context.level.noise * noise
 
 
-def plain_colours(vae, generator, device: torch.device) -> torch.Tensor:
+def plain_colours(
+    vae: Any, generator: torch.Generator | list[torch.Generator] | None, device: torch.device
+) -> torch.Tensor:
     """(BOOTSTRAPPING, C) latents of random plain colours, drawn from the generator (of a list, the first)."""
     generator = generator[0] if isinstance(generator, list) else generator
     where = device if generator is None else generator.device
@@ -76,10 +82,13 @@ def plain_colours(vae, generator, device: torch.device) -> torch.Tensor:
     return latents.mean((-2, -1)) * vae.config.scaling_factor
 
 
-def region_prompts(pipe, lists: Sequence[Sequence[Region]], slot: int, base: Prompts, **settings) -> Prompts:
+def region_prompts(pipe: Any, lists: Sequence[Sequence[Region]], slot: int, base: Prompts, **settings: Any) -> Prompts:
     """Embedded prompts of every picture's region number `slot`; of a picture without one, the empty prompt.
 
     Where a region has no negative prompt the picture's own stays.
+
+    Raises:
+        ValueError: for a picture's embeddings of another length than the regions' prompts have.
     """
     regions = [entries[slot] if slot < len(entries) else None for entries in lists]
     copies = len(base.embeds) // len(lists)
@@ -89,6 +98,11 @@ def region_prompts(pipe, lists: Sequence[Sequence[Region]], slot: int, base: Pro
         "negative_prompt": [text or "" for text in negatives],
     }
     found = embed(pipe, texts, copies=copies, guided=base.negative is not None, **settings)
+    if base.negative is not None and base.negative.shape[1] != found.embeds.shape[1]:
+        raise ValueError(
+            f"prompt_embeds: expected {found.embeds.shape[1]} tokens, as the regions' prompts have in multidiffusion, "
+            f"got {base.negative.shape[1]}"
+        )
     own = torch.tensor([text is not None for text in negatives], device=base.embeds.device).repeat_interleave(copies)
 
     def chosen(region, picture):

@@ -65,8 +65,9 @@ def sample(
     *,
     num_inference_steps: int | None = None,
     timesteps: Sequence[int] | None = None,
-    guidance_scale: float | torch.Tensor = 1.0,
-    guidance_rescale: float = 0.0,
+    evaluations: int | None = None,
+    guidance_scale: float | torch.Tensor | Callable = 1.0,
+    guidance_rescale: float | Callable = 0.0,
     eta: float = 0.0,
     generator: torch.Generator | list[torch.Generator] | None = None,
     weight: torch.Tensor | None = None,
@@ -95,9 +96,11 @@ def sample(
         scheduler: a diffusers scheduler.
         num_inference_steps, timesteps: at most one; given to the scheduler's `set_timesteps`. Neither: the timesteps
             that the scheduler has already.
-        guidance_scale: g of u + g (c - u), a float or a (H, W) tensor; of no effect without uncond.
+        evaluations: after how many of the scheduler's timesteps the run ends; None: all.
+        guidance_scale: g of u + g (c - u), a float or a (H, W) tensor; of no effect without uncond. Or a function of
+            the `StepContext` of all windows that gives it, or None for no guidance, asked before each step.
         guidance_rescale: share by which the guided prediction is rescaled to the standard deviation of cond (Lin et al.
-            2024, section 3.4), over the whole canvas.
+            2024, section 3.4), over the whole canvas; or a function that gives it, as for `guidance_scale`.
         eta: of schedulers that take it (DDIM).
         generator: for schedulers that draw noise; a list has one for each picture.
         weight: overlap weight of the windows, as `ops.scatter_windows` takes it.
@@ -108,7 +111,8 @@ def sample(
             replay it: `instantas.sampling.graphs`. For a denoiser that CUDA can capture, on a scheduler with a
             recurrence. No gradients.
         callback: function of (step, timestep, latents) after each step; returns latents to go on with, or None.
-            StopIteration ends the run with the latents as they are.
+            StopIteration ends the run, with its value as the latents if it has one. One with a parameter `denoised` is
+            told the clean latents that `scheduler.step` gave beside, None where it gives none or is not called.
 
     Returns:
         (B, C, H, W) latents, of the dtype given.
@@ -119,28 +123,31 @@ def sample(
     evaluate = Evaluator(denoiser, window_batch_size)
     bridging = bridge(bridging)
     _check_run(latents, plan)
-    check_settings(len(latents), guidance_rescale, eta, generator)
+    check_settings(len(latents), 0.0 if callable(guidance_rescale) else guidance_rescale, eta, generator)
     set_timesteps(scheduler, num_inference_steps, timesteps, latents.device)
-    stages = _stages(bridging, plan, len(scheduler.timesteps), weight, latents.device)
+    timesteps = scheduler.timesteps[: _evaluations(evaluations, len(scheduler.timesteps))]
+    stages = _stages(bridging, plan, len(timesteps), weight, latents.device)
     noise_levels = _levels(scheduler, stages)
-    _check_step(latents, [(Stage(plan), weight), *stages], guidance_scale)
+    _check_step(latents, [(Stage(plan), weight), *stages], 1.0 if callable(guidance_scale) else guidance_scale)
     recurrence = probe(scheduler, eta)
-    _check_graph(cuda_graph, latents, scheduler, recurrence)
+    _check_graph(cuda_graph, latents, scheduler, recurrence, (guidance_scale, guidance_rescale))
 
     update = _LinearUpdate(recurrence) if recurrence else _SchedulerUpdate(scheduler, generator, eta)
     reuse = any(stage.evaluated is not None for stage, _ in stages)
     advance = _Advance(evaluate, update, guidance_scale, guidance_rescale, plan, reuse)
-    steps = _steps(latents, scheduler.timesteps, stages, noise_levels, recurrence)
+    steps = _steps(latents, timesteps, stages, noise_levels, recurrence)
+    told = {} if callback is None or "denoised" not in inspect.signature(callback).parameters else {"denoised": None}
     if cuda_graph:
         advance = StepGraphs(advance, steps, getattr(denoiser, "phase", None))
     state = State(latents * getattr(scheduler, "init_noise_sigma", 1.0), update.history(latents))
-    for i, (t, step) in enumerate(zip(scheduler.timesteps, steps)):
+    for i, (t, step) in enumerate(zip(timesteps, steps)):
         state = advance(state, step)
         if callback is not None:
+            told = {name: update.denoised for name in told}
             try:
-                replaced = callback(i, t, state.canvas.clone() if cuda_graph else state.canvas)
-            except StopIteration:
-                break
+                replaced = callback(i, t, state.canvas.clone() if cuda_graph else state.canvas, **told)
+            except StopIteration as stop:
+                return state.canvas if stop.value is None else stop.value
             state = state if replaced is None else replace(state, canvas=replaced)
     return state.canvas
 
@@ -191,7 +198,8 @@ class _Advance:
 
     def __call__(self, state: State, step: Step) -> State:
         stage, context, chosen, weight = step.stage, step.context, step.chosen, step.weight
-        plan, whole, guidance = context.plan, self.whole, self.guidance
+        plan, whole = context.plan, self.whole
+        guidance, rescale = (v(context) if callable(v) else v for v in (self.guidance, self.rescale))
         noisy = self.update.scale(state.canvas, step)
         seen = noisy if stage.view is None else stage.view.apply(noisy)
         cond, uncond = _evaluated(self.evaluate, ops.gather_windows(seen, plan), chosen, context)
@@ -206,30 +214,40 @@ class _Advance:
             latest = dict(zip(("cond", "uncond"), kept), noisy=noisy)
             cond, uncond = (p if p is None else p[:, None] for p in kept)
             plan, weight = whole, None
-        if uncond is not None and self.rescale > 0:
-            merged = _rescaled(cond, uncond, plan, weight, guidance, self.rescale)
+        if guidance is None:  # one that was kept from before does not count
+            uncond = None
+        if uncond is not None and rescale > 0:
+            merged = _rescaled(cond, uncond, plan, weight, guidance, rescale)
             cond, uncond, plan, weight = merged[:, None], None, whole, None
         if stage.adjust is not None:
             merged = _guided(cond, uncond, plan, weight, guidance)[0]
             cond, uncond, plan, weight = stage.adjust(merged, noisy, context)[:, None], None, whole, None
-        canvas, history = self.update.step(cond, uncond, state, plan, weight, guidance, step)
+        canvas, history = self.update.step(cond, uncond, state, plan, weight, 1.0 if uncond is None else guidance, step)
         return State(canvas, history, **latest)
 
 
-def set_timesteps(scheduler, num_inference_steps, timesteps, device) -> None:
-    """Set a number of steps or a list of timesteps on the scheduler; neither: keep those that it has."""
+def set_timesteps(scheduler, num_inference_steps, timesteps, device, sigmas=None, **settings) -> None:
+    """Set a number of steps or a list of timesteps or sigmas on the scheduler; none: keep those that it has."""
+    if isinstance(scheduler, type):
+        raise TypeError(
+            f"scheduler: expected an instance, got the class; {scheduler.__name__}.from_config(...) makes one"
+        )
     for method in ("set_timesteps", "step"):
         if not callable(getattr(scheduler, method, None)):
             raise TypeError(f"scheduler: expected a diffusers scheduler, got {type(scheduler).__name__}")
-    if num_inference_steps is not None and timesteps is not None:
-        raise ValueError("timesteps: expected either timesteps or num_inference_steps, got both")
-    if timesteps is not None:
-        if "timesteps" not in inspect.signature(scheduler.set_timesteps).parameters:
-            raise ValueError(f"timesteps: expected None, as {type(scheduler).__name__} takes none, got {timesteps}")
-        scheduler.set_timesteps(timesteps=list(timesteps), device=device)
+    ways = dict(num_inference_steps=num_inference_steps, timesteps=timesteps, sigmas=sigmas)
+    given = [name for name, value in ways.items() if value is not None]
+    if len(given) > 1:
+        raise ValueError(f"{given[1]}: expected either {given[1]} or {given[0]}, got both")
+    accepted = inspect.signature(scheduler.set_timesteps).parameters
+    for name, value in (dict(timesteps=timesteps, sigmas=sigmas) | settings).items():
+        if value is not None and name not in accepted:
+            raise ValueError(f"{name}: expected None, as {type(scheduler).__name__} takes none, got {value}")
+    if timesteps is not None or sigmas is not None:
+        scheduler.set_timesteps(**{given[0]: list(ways[given[0]])}, device=device, **settings)
     elif num_inference_steps is not None:
-        scheduler.set_timesteps(positive("num_inference_steps", num_inference_steps), device=device)
-    elif getattr(scheduler, "num_inference_steps", None) is None:
+        scheduler.set_timesteps(positive("num_inference_steps", num_inference_steps), device=device, **settings)
+    elif getattr(scheduler, "num_inference_steps", None) is None and not getattr(scheduler, "custom_timesteps", False):
         raise ValueError("num_inference_steps: expected a number, as the scheduler has no timesteps set, got None")
     elif getattr(scheduler, "step_index", None) is not None or getattr(scheduler, "counter", 0):
         raise ValueError("num_inference_steps: expected a number, as the scheduler has taken steps already, got None")
@@ -239,6 +257,8 @@ def set_timesteps(scheduler, num_inference_steps, timesteps, device) -> None:
 
 class _LinearUpdate:
     """Merging, guidance and the scheduler's step in one pass, with coefficients that lie on the device."""
+
+    denoised = None
 
     def __init__(self, recurrence):
         self.scaled, self.entries = bool((recurrence.input_scale != 1).any()), recurrence.history
@@ -258,7 +278,7 @@ class _SchedulerUpdate:
     """The scheduler's own step, once, on the merged prediction."""
 
     def __init__(self, scheduler, generator, eta):
-        self.scheduler = scheduler
+        self.scheduler, self.denoised = scheduler, None
         self.keywords = step_keywords(scheduler, generator, eta)
 
     def history(self, latents):
@@ -271,6 +291,7 @@ class _SchedulerUpdate:
     def step(self, cond, uncond, state, plan, weight, guidance, step):
         merged, canvas = _guided(cond, uncond, plan, weight, guidance)[0], state.canvas
         stepped = self.scheduler.step(merged, step.context.timestep, canvas, return_dict=False, **self.keywords)
+        self.denoised = stepped[1] if len(stepped) > 1 else None
         return stepped[0].to(canvas.dtype), None
 
 
@@ -311,7 +332,8 @@ def _latest(fresh, chosen, plan, weight, state, step, noisy):
     if fresh is None:
         return latest
     share = None if chosen is None else _share(chosen, plan, weight, noisy.device)
-    return tuple(_over(p, old, share, plan, weight) for p, old in zip(fresh, latest))
+    # where guidance was off, the prompt's prediction stands for both: u + g (c - u) = c
+    return tuple(_over(p, latest[0] if old is None else old, share, plan, weight) for p, old in zip(fresh, latest))
 
 
 def _share(chosen, plan, weight, device):
@@ -416,7 +438,13 @@ def check_settings(pictures: int, guidance_rescale, eta, generator) -> None:
         raise ValueError(f"generator: expected one for each of {pictures} pictures, got {len(generator)}")
 
 
-def _check_graph(cuda_graph, latents, scheduler, recurrence):
+def _evaluations(number, timesteps):
+    if number is not None and positive("evaluations", number) > timesteps:
+        raise ValueError(f"evaluations: expected at most the scheduler's {timesteps} timesteps, got {number}")
+    return timesteps if number is None else number
+
+
+def _check_graph(cuda_graph, latents, scheduler, recurrence, guidance=()):
     if flag("cuda_graph", cuda_graph) and latents.device.type != "cuda":
         raise ValueError(f"cuda_graph: expected False for latents that are not on a CUDA device, got {latents.device}")
     if cuda_graph and recurrence is None:
@@ -424,6 +452,8 @@ def _check_graph(cuda_graph, latents, scheduler, recurrence):
             "cuda_graph: expected False with a scheduler that draws noise or is no short linear recurrence, got True "
             f"with {type(scheduler).__name__}"
         )
+    if cuda_graph and any(callable(value) for value in guidance):
+        raise ValueError("guidance_scale: expected a number with cuda_graph, got a function")
 
 
 def _check_step(latents, stages, guidance_scale):

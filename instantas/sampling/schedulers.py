@@ -51,18 +51,27 @@ def step_keywords(scheduler, generator=None, eta: float = 0.0) -> dict:
 def probe(scheduler, eta: float = 0.0) -> Recurrence | None:
     """The recurrence of a scheduler whose timesteps are set; None if its steps are not one.
 
-    A scheduler that draws noise, is not linear (thresholding, clipping) or looks back further than `MAX_HISTORY` has
-    none. Copies of the scheduler are run in float64 on the CPU; neither it nor any random state is touched.
+    A scheduler that draws noise (if only to multiply it by zero: the next draw from the generator depends on it), is
+    not linear (thresholding, clipping) or looks back further than `MAX_HISTORY` has none. Copies of the scheduler are
+    run in float64 on the CPU; neither it nor any random state is touched.
+
+    Raises:
+        ValueError: for steps that give NaN or infinite numbers.
     """
     steps = len(scheduler.timesteps)
     with torch.random.fork_rng(devices=[]):
         noise = torch.randn(1 + steps, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * _SPREAD
-        trajectory, _, _ = _run(scheduler, noise[0], noise[1:], eta, seed=1)
-        again, _, _ = _run(scheduler, noise[0], noise[1:], eta, seed=2)
-        if not np.array_equal(trajectory, again):
+        trajectory, _, _, draws = _run(scheduler, noise[0], noise[1:], eta)
+        if not np.isfinite(trajectory).all():
+            step = int(np.isfinite(trajectory[1:]).all(1).argmin())
+            raise ValueError(
+                f"scheduler: expected finite steps, got NaN or infinite ones of {type(scheduler).__name__} from "
+                f"timestep {scheduler.timesteps[step]} on, for {_said(scheduler)}"
+            )
+        if draws:
             return None
         basis = torch.eye(1 + steps, dtype=torch.float64)
-        x, scale, kept = _run(scheduler, basis[0], basis[1:], eta, seed=1)
+        x, scale, kept, _ = _run(scheduler, basis[0], basis[1:], eta)
     if scale is None:
         return None
     m = basis[1:].numpy()
@@ -81,14 +90,27 @@ class _Table(torch.Tensor):
         return torch.as_tensor(array)
 
 
-def _run(scheduler, sample, outputs, eta, seed):
-    """Run a copy on vectors: samples (steps + 1, n), input scale (steps,) or None, and what it kept after each step."""
+def _said(scheduler) -> str:
+    """What of a scheduler's configuration a division by zero comes from."""
+    config = getattr(scheduler, "config", {})
+    names = ("prediction_type", "rescale_betas_zero_snr", "timestep_spacing")
+    return ", ".join(f"{name}={config[name]!r}" for name in names if name in config) or "its configuration"
+
+
+def _run(scheduler, sample, outputs, eta):
+    """Run a copy on vectors.
+
+    Returns:
+        samples (steps + 1, n), input scale (steps,) or None, what it kept after each step, whether it drew noise.
+    """
     scheduler = copy.deepcopy(scheduler)
     for name, value in vars(scheduler).items():
         if isinstance(value, torch.Tensor):
             setattr(scheduler, name, value.cpu().as_subclass(_Table))
-    torch.default_generator.manual_seed(seed)  # the CPU's alone: torch.manual_seed would reach every GPU's
-    keywords = step_keywords(scheduler, torch.Generator().manual_seed(seed), eta)
+    generator = torch.Generator().manual_seed(1)
+    torch.default_generator.manual_seed(1)  # the CPU's alone: torch.manual_seed would reach every GPU's
+    states = [source.get_state() for source in (generator, torch.default_generator)]
+    keywords = step_keywords(scheduler, generator, eta)
     samples, scales, kept = [sample], [], []
     for t, output in zip(scheduler.timesteps, outputs):
         sample = samples[-1].reshape(1, 1, 1, -1)
@@ -99,7 +121,8 @@ def _run(scheduler, sample, outputs, eta, seed):
         samples.append(sample.flatten().double())
         kept.append(_state(scheduler, sample.shape))
     scales = None if None in scales else torch.stack(scales).double().numpy()
-    return torch.stack(samples).numpy(), scales, kept
+    drawn = [source.get_state() for source in (generator, torch.default_generator)]
+    return torch.stack(samples).numpy(), scales, kept, not all(map(torch.equal, states, drawn))
 
 
 def _state(scheduler, shape) -> dict:

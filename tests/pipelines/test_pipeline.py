@@ -326,7 +326,7 @@ def test_models_that_cannot_be_are_refused(tmp_path):
         path.unlink()
     with pytest.raises(ValueError, match="model: expected a whole model"):
         InstantASPipeline.from_pretrained(tmp_path / "whole")
-    with pytest.raises(TypeError, match="pipe: expected a diffusers pipeline with unet"):
+    with pytest.raises(TypeError, match="pipe: expected a text-to-image pipeline"):
         InstantASPipeline(object())
     with pytest.raises(TypeError, match="text-to-image UNet"):
         InstantASPipeline(tiny_pipeline(unet=unet(in_channels=9)))

@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from instantas.ops import validation
 from instantas.pipelines.attention import regional_prompts
-from instantas.pipelines.conditions import Control, MicroConditions, Prompts
+from instantas.pipelines.conditions import MicroConditions, Prompts
+from instantas.pipelines.control import Control
 from instantas.pipelines.denoiser import WindowDenoiser
 from instantas.pipelines.pipeline import InstantASPipeline
 from instantas.regions import Region, RegionMap

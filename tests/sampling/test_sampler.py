@@ -163,7 +163,7 @@ def test_a_linear_scheduler_is_never_stepped_and_never_copied_during_the_run(mon
 
     monkeypatch.setattr(copy, "deepcopy", counting)
     sample(denoise, noise(WIDE), WIDE, schedule, num_inference_steps=6, window_batch_size=1)
-    assert counts == [3] * 6 * WIDE.count  # those of `probe`, before the run
+    assert counts == [2] * 6 * WIDE.count  # those of `probe`, before the run
     assert schedule.step_index is None and schedule.model_outputs == [None] * 2
 
 
