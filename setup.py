@@ -57,9 +57,9 @@ def torch_folder() -> Path:
     spec = PathFinder.find_spec("torch", paths)
     found = [d.version for d in importlib.metadata.distributions(name="torch", path=paths)]
     if spec is None or spec.origin is None or not found:
-        raise LookupError("torch was not there when it was built")
+        raise LookupError("the build saw no torch")
     if tuple(map(int, found[0].split(".")[:2])) < tuple(map(int, STABLE_ABI.split("."))):
-        raise LookupError(f"torch {found[0]} was there when it was built, {STABLE_ABI} or later is needed")
+        raise LookupError(f"the build saw torch {found[0]}, and needs {STABLE_ABI} or later")
     return Path(spec.origin).parent
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ class Library:
     def unfit(self) -> str | None:
         """Why it must not be loaded, and the command that mends it; None: it may."""
         reason = stamp.unfit(self.path, __version__, torch.__version__)
-        return reason and f"{reason}; to build it: {stamp.remedy()}"
+        return f"{reason}; to build it: {stamp.remedy()}" if reason and sys.platform.startswith("linux") else reason
 
     def load(self) -> str | None:
         """Why it cannot be loaded, or lacks operators; None: it is loaded."""

@@ -15,6 +15,7 @@ import os
 import shlex
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -32,7 +33,7 @@ AVAILABLE = shutil.which(COMPILER[0]) is not None and Path("/proc/self").exists(
 
 
 @contextlib.contextmanager
-def cuda():
+def cuda() -> Iterator[None]:
     """Force the emulated CUDA backend, for tensors on the CPU."""
     _load()
     with ops.use_backend(EMULATED):
@@ -40,7 +41,7 @@ def cuda():
 
 
 @contextlib.contextmanager
-def order(seed: int):
+def order(seed: int) -> Iterator[None]:
     """Another order in which threads and blocks run; 0: one after the other."""
     _load()
     torch.ops.instantas_emulation.set_order(seed)

@@ -108,6 +108,8 @@ def test_what_mends_it_is_said():
     made = library.Library(stamp.PACKAGE / "libnothing.so", "instantas_nothing", "CPU")
     command = f"pip install --no-build-isolation --no-deps -e {stamp.PACKAGE.parent}"
     assert made.unfit() == f"not built: libnothing.so is not there; to build it: {command}"
+    with mock.patch("sys.platform", "darwin"):
+        assert made.unfit() == "not built: libnothing.so is not there"
     with mock.patch.object(stamp, "CHECKOUT", False):
         assert stamp.remedy() == "pip install --no-build-isolation --no-deps . (in the checkout)"
 
