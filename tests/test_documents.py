@@ -18,7 +18,9 @@ PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_every_example_paints_a_picture(path, tmp_path):
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, path, "a.png"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, path, "a.png"], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     with Image.open(tmp_path / "a.png") as picture:
         pixels = np.asarray(picture).astype(float)
@@ -34,5 +36,7 @@ def test_links_and_named_files_exist(page):
     text = page.read_text(encoding="utf-8")
     links = re.findall(r"\]\((?!https?:)([^)#]+)(?:#[^)]*)?\)", text)
     assert not [link for link in links if not (page.parent / link).exists()]
-    named = re.findall(r"`((?:instantas|kernels|csrc|bench|docs|tests)/[\w./-]+\.(?:py|md|cu|cuh|cpp|h|json|csv))`", text)
+    named = re.findall(
+        r"`((?:instantas|kernels|csrc|bench|docs|tests)/[\w./-]+\.(?:py|md|cu|cuh|cpp|h|json|csv))`", text
+    )
     assert not [name for name in named if not (ROOT / name).exists()]

@@ -1,6 +1,9 @@
 """Window plans: geometry, weights, tables, and what is refused."""
 
+import copy
+import dataclasses
 import math
+import pickle
 import re
 
 import numpy as np
@@ -168,6 +171,31 @@ def test_plans_cannot_be_changed():
 def test_tables_are_copied_to_a_device_once():
     plan = WindowPlan.minimum_coverage(20, 30, 8)
     assert all(a is b for a, b in zip(plan.tables(CPU), plan.tables(CPU)))
+    meta = torch.device("meta")
+    assert all(a is b and a.device == meta for a, b in zip(plan.tables(meta), plan.tables(meta)))
+
+
+COPIES = {
+    "pickle": lambda plan: pickle.loads(pickle.dumps(plan)),
+    "copy": copy.copy,
+    "deepcopy": copy.deepcopy,
+    "replace": dataclasses.replace,
+}
+
+
+@pytest.mark.parametrize("way", COPIES)
+def test_copies_are_as_frozen_and_bring_no_tables(way):
+    plan = WindowPlan.strided(20, 30, 8, 4, wrap=(False, True))
+    size = len(pickle.dumps(plan))
+    plan.tables(torch.device("meta"))
+    other = COPIES[way](plan)
+    assert other == plan and other is not plan and other.count == plan.count
+    assert all(torch.equal(a, b) and a is not b for a, b in zip(plan.tables(CPU), other.tables(CPU)))
+    assert list(other._tables) == [CPU] and len(pickle.dumps(plan)) == size
+    with pytest.raises(ValueError):
+        other.origins[0, 0] = 1
+    with pytest.raises(AttributeError):
+        other.count = 3
 
 
 def test_the_geometry_is_plain_integers():

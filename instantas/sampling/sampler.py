@@ -325,7 +325,7 @@ def _evaluated(evaluate, windows, chosen, context):
 
 
 def _latest(fresh, chosen, plan, weight, state, step, noisy):
-    """The latest predictions (cond, uncond): of the evaluated windows where one covers the cell, else the ones before."""
+    """The latest predictions (cond, uncond): of the evaluated windows where one covers the cell, else the last."""
     latest = state.cond, state.uncond
     if (previous := step.previous_level) is not None:
         latest = tuple(p if p is None else previous.carry(p, state.noisy, step.context.level) for p in latest)

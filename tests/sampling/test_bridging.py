@@ -1,6 +1,8 @@
 """Bridges: what they evaluate, what they re-use, what they refuse."""
 
+import copy
 import itertools
+import pickle
 import types
 
 import diffusers
@@ -241,6 +243,27 @@ def test_half_precision_stays_close():
 
 
 # The dilated view
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda view: pickle.loads(pickle.dumps(view))])
+def test_a_copied_view_brings_no_device_tables(copied):
+    view, cells = Dilated().step(0, 10, WindowPlan.minimum_coverage(20, 50, 16)).view, torch.rand(20, 50)
+    seen, size = view.apply(cells), len(pickle.dumps(view))
+    other = copied(view)
+    assert len(pickle.dumps(other)) == size and not other._placed
+    assert torch.equal(other.apply(cells), seen) and torch.equal(other.invert(seen), cells)
+
+
+@pytest.mark.parametrize("made_inside", [False, True])
+def test_a_view_used_in_inference_mode_holds_outside(made_inside):
+    plan = WindowPlan.minimum_coverage(20, 50, 16)
+    view = Dilated().step(0, 10, plan).view
+    with torch.inference_mode():
+        view = Dilated().step(0, 10, plan).view if made_inside else view
+        view.invert(view.apply(torch.rand(20, 50)))
+    cells = torch.rand(20, 50, requires_grad=True)
+    view.invert(view.apply(cells)).sum().backward()
+    assert torch.equal(cells.grad, torch.ones(20, 50))
 
 
 def test_views_show_every_cell_and_are_undone_for_500_sizes():

@@ -3,15 +3,18 @@
 import copy
 import inspect
 import re
+from unittest import mock
 
 import diffusers
 import pytest
 import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 
+from instantas.ops import validation
+from instantas.pipelines.pipeline import InstantASPipeline
 from instantas.sampling.sampler import StepContext, sample
 from instantas.sampling.schedulers import step_keywords
-from instantas.testing.tiny import WINDOW, scheduler, unet
+from instantas.testing.tiny import WINDOW, scheduler, tiny_pipeline, unet
 from instantas.windows import WindowPlan
 
 SCHEDULERS = (
@@ -325,6 +328,38 @@ def test_gradients_reach_the_denoiser():
 
 
 # What is refused
+
+
+# Inference mode, which servers run everything in
+
+
+@pytest.mark.parametrize("bridging", ["none", "shift", "centred", "dilated", "moments", "economy+moments"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_inference_mode_is_the_same_run(bridging, weighted):
+    """On a canvas that the windows do not tile; a weight is read before the first step alone; the plan holds after."""
+    plan = WindowPlan.minimum_coverage(WINDOW + 3, 2 * WINDOW - 5, WINDOW)
+    weight = torch.linspace(0.5, 2, WINDOW**2).view(WINDOW, WINDOW) if weighted else None
+    looked, at = mock.Mock(side_effect=validation.weight_total), []
+    settings = dict(num_inference_steps=6, guidance_scale=2.0, bridging=bridging, weight=weight)
+    plain = sample(pointwise, noise(plan), plan, of("DDIM"), **settings)
+    with torch.inference_mode(), mock.patch.object(validation, "weight_total", looked):
+        settings["weight"] = weight if weight is None else weight.clone()
+        settings["callback"] = lambda i, t, latents: at.append(looked.call_count)
+        served = sample(pointwise, noise(plan), plan, of("DDIM"), **settings)
+    assert torch.equal(served, plain) and len(set(at)) == 1
+    gain = torch.ones((), requires_grad=True)
+    sample(lambda w, t, c: gain * w, noise(plan), plan, of("DDIM"), **settings | {"weight": weight}).sum().backward()
+    assert gain.grad.isfinite() and gain.grad != 0
+
+
+@pytest.mark.parametrize("size", [(40, 56), (72, 40), (32, 32)])
+def test_a_pipeline_in_inference_mode(size):
+    pipe = InstantASPipeline.from_pipe(tiny_pipeline())
+    settings = dict(height=4 * size[0], width=4 * size[1], num_inference_steps=3, output_type="latent")
+    plain = pipe("water", generator=seeded(), **settings).images
+    with torch.inference_mode():
+        served = pipe("water", generator=seeded(), **settings).images
+    assert torch.equal(served, plain)
 
 
 def used(name="DPMSolverMultistep", steps=3):
