@@ -40,7 +40,8 @@ PIPELINES = (
     diffusers.StableDiffusionPanoramaPipeline,
 )
 BOXES = {"regional": (0.0, 0.0, 1.0, 1.0), "halves": (0.0, 0.0, 0.5, 1.0)}
-CLOSE = 1e-4  # of pictures in 0..1, and of latents in units of their largest: as diffusers' own tests compare
+CLOSE = 1e-3  # of pictures in 0..1, and of latents in units of their largest: as diffusers' own tests compare
+COARSE = 1e-2  # of pictures in 8 bits, and of networks in half precision: two of their steps
 WORST_LAST = ("passed", "skipped", "failed")
 
 
@@ -114,7 +115,10 @@ class Judged(InstantASPipeline):
         paint = functools.partial(super().__call__, *args, **ours)
         if self.shadow is None:
             return paint()
-        verdict, result, error = compare(functools.partial(self.pipe, *args, **kwargs), paint, kwargs.get("generator"))
+        coarse = kwargs.get("output_type", "pil") == "pil" or self.pipe.unet.dtype.itemsize < 4
+        verdict, result, error = compare(
+            functools.partial(self.pipe, *args, **kwargs), paint, kwargs.get("generator"), COARSE if coarse else CLOSE
+        )
         native = (side * self.cell for side in self.window)
         if any((kwargs.get(name) or 0) > side for name, side in zip(("height", "width"), native)) and error is None:
             verdict["verdict"] = "in several windows"
@@ -170,7 +174,7 @@ def regional(theirs, box):
     return Regional
 
 
-def compare(theirs, ours, generator):
+def compare(theirs, ours, generator, close=CLOSE):
     """(verdict, result of ours, its error) of two calls from the same random state."""
     given = generator if isinstance(generator, (list, tuple)) else [generator]
     generators = [torch.default_generator, *(g for g in given if isinstance(g, torch.Generator))]
@@ -187,7 +191,7 @@ def compare(theirs, ours, generator):
         verdict = "refused by ours alone"
     elif their_error:
         verdict = "refused by diffusers alone"
-    elif (apart := difference(result, expected)) > CLOSE:
+    elif (apart := difference(result, expected)) > close:
         verdict = "different"
     elif not all(torch.equal(generator.get_state(), state) for generator, state in zip(generators, after)):
         verdict = "equal, generator in another state"
