@@ -1,12 +1,10 @@
-"""What a diffusers UNet is told beside the noisy windows: prompts, SDXL's sizes and crops, a ControlNet's images."""
+"""What a diffusers UNet is told beside the noisy windows: prompts, SDXL's sizes and crops."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
-import torch.nn.functional as F
 
 
 @dataclass(frozen=True)
@@ -130,65 +128,3 @@ def micro_conditions(pipe, canvas, given: tuple, negative: tuple) -> MicroCondit
     if any(value not in (None, (0, 0)) for value in (*given, *negative)):
         raise ValueError(f"original_size: expected no SDXL conditions for another model, got {given}, {negative}")
     return None
-
-
-@dataclass(frozen=True)
-class Control:
-    """What a ControlNet is given.
-
-    Attributes:
-        images: one (pictures, 3, height, width) for each network, as large as the canvas.
-        scales: one for each network.
-        spans: (start, end) for each network, the part of the steps in which it has a say.
-        guess_mode: the network is evaluated for the conditional branch alone.
-    """
-
-    images: Sequence[torch.Tensor]
-    scales: Sequence[float]
-    spans: Sequence[tuple[float, float]]
-    guess_mode: bool = False
-
-
-def control(
-    pipe, image, size, canvas, *, pictures: int, copies: int, scale=1.0, start=0.0, end=1.0, guess_mode=False
-) -> Control | None:
-    """The control of a pipeline with a ControlNet; None for one without.
-
-    Args:
-        image: as diffusers takes it, for several networks a list; resized to the picture.
-        size, canvas: (height, width) in pixels of the picture, and of the whole cells that hold it.
-        scale, start, end: floats, or lists with one for each network.
-    """
-    net = getattr(pipe, "controlnet", None)
-    if (net is None) != (image is None):
-        wanted = "None, as the pipeline has no ControlNet" if net is None else "one for the pipeline's ControlNet"
-        raise ValueError(f"image: expected {wanted}, got {type(image).__name__}")
-    if net is None:
-        return None
-    nets = list(getattr(net, "nets", [net]))
-    images = image if hasattr(net, "nets") else [image]
-    listed = [v if isinstance(v, (list, tuple)) else [v] * len(nets) for v in (scale, start, end)]
-    names = ("image", "controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end")
-    for name, values in zip(names, (images, *listed)):
-        if not isinstance(values, (list, tuple)) or len(values) != len(nets):
-            raise ValueError(f"{name}: expected one for each of {len(nets)} ControlNets, got {values!r:.80}")
-    for first, last in zip(*listed[1:]):
-        if not 0 <= first < last <= 1:
-            raise ValueError(f"control_guidance_start: expected 0 <= start < end <= 1, got {first} and {last}")
-    prepared = []
-    for given in images:
-        tensor = pipe.prepare_image(
-            image=given,
-            width=canvas[1],
-            height=canvas[0],
-            batch_size=pictures,
-            num_images_per_prompt=copies,
-            device=pipe._execution_device,
-            dtype=nets[0].dtype,
-        )
-        if tuple(size) != tuple(canvas):  # the picture's own pixels, and its edge continued over the padding
-            tensor = F.interpolate(tensor, tuple(size), mode="bilinear")
-            tensor = F.pad(tensor, (0, canvas[1] - size[1], 0, canvas[0] - size[0]), mode="replicate")
-        prepared.append(tensor)
-    guess_mode = guess_mode or nets[0].config.global_pool_conditions
-    return Control(prepared, listed[0], list(zip(*listed[1:])), guess_mode)

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 
 from instantas.pipelines.attention import RegionalPrompts
-from instantas.pipelines.conditions import Control, MicroConditions, Prompts
+from instantas.pipelines.conditions import MicroConditions, Prompts
+from instantas.pipelines.control import Control
 from instantas.regions.masks import cut
 
 

@@ -19,7 +19,8 @@ from diffusers.utils.torch_utils import randn_tensor
 from instantas.checks import flag, integer, pair, positive, real
 from instantas.pipelines.attention import regional_prompts
 from instantas.pipelines.codec import decode
-from instantas.pipelines.conditions import check_texts, control, embed, is_xl, micro_conditions
+from instantas.pipelines.conditions import check_texts, embed, is_xl, micro_conditions
+from instantas.pipelines.control import control, picture_size
 from instantas.pipelines.denoiser import WindowDenoiser
 from instantas.pipelines.multidiffusion import RegionDenoiser, plain_colours, region_prompts
 from instantas.regions import RegionMap, check_blend, region_lists
@@ -195,7 +196,8 @@ class InstantASPipeline:
         by prompt, `num_images_per_prompt` of each; a list of negative prompts has one for each prompt.
 
         Args:
-            height, width: pixels, any from 1 up; by default the native size. Made on whole latent cells, then cropped.
+            height, width: pixels, any from 1 up; by default a control picture's size, else the native one. Made on
+                whole latent cells, then cropped.
             num_inference_steps, guidance_scale: by default the model's own (`instantas.json` beside its
                 `model_index.json`), else diffusers'.
             latents: (pictures, C, rows, columns) standard normal noise, `canvas(height, width)` cells.
@@ -214,7 +216,8 @@ class InstantASPipeline:
             method: "instantas" (the fewest windows), or the baseline "multidiffusion" (overlapping windows at a stride;
                 with regions its region mode, one evaluation for each region and window).
             stride: of multidiffusion, in cells; None: an eighth of the window.
-            image: of a ControlNet: as large as the picture, or resized to it. Each window gets its part.
+            image: of a ControlNet (`control.control`): as large as the picture, or resized to it. Each window gets
+                its part.
             original_size, crops_coords_top_left, target_size: of SDXL; by default each window's own, as a crop of the
                 whole picture.
 
@@ -225,7 +228,7 @@ class InstantASPipeline:
             TypeError, ValueError: naming the argument, what was expected and what came, before the UNet is evaluated.
         """
         pipe = self.pipe
-        height, width, wrap = self._size(height, width, wrap)
+        height, width, wrap = self._size(*picture_size(image, height, width), wrap)
         plan = self.plan(height, width, wrap=wrap, method=method, stride=stride)
         bridging = None if bridging == "default" and method == "multidiffusion" else bridge(bridging)
         num_inference_steps = self._default("num_inference_steps", num_inference_steps, timesteps)
