@@ -316,6 +316,21 @@ class InstantASPipeline:
             return images, flagged
         return StableDiffusionPipelineOutput(images=images, nsfw_content_detected=flagged)
 
+    @torch.no_grad()
+    def decode(self, latents: torch.Tensor, height: int, width: int, *, wrap=(False, False), output_type="pil"):
+        """Pictures of so many pixels, as from the call, of what it gives with `output_type="latent"`.
+
+        Raises:
+            ValueError: for latents of another size.
+        """
+        height, width, wrap = self._size(height, width, wrap)
+        if latents.shape[-2:] != self.canvas(height, width):
+            expected = self.canvas(height, width)
+            raise ValueError(
+                f"latents: expected (pictures, C, {expected[0]}, {expected[1]}), got {tuple(latents.shape)}"
+            )
+        return self._decoded(latents, (height, width), wrap, output_type)[0]
+
     def _size(self, height, width, wrap):
         """(height, width, wrap), checked."""
         height, width = (
