@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from instantas.pipelines.pipeline import InstantASPipeline
+
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "docs" / "examples").glob("*.py"))
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -18,11 +20,32 @@ PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_every_example_paints_a_picture(path, tmp_path):
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, path, "a.png"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, path, "a.png"], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     with Image.open(tmp_path / "a.png") as picture:
         pixels = np.asarray(picture).astype(float)
     assert pixels.shape[0] == 128 and pixels.std() > 5
+
+
+def test_readmes_pictures_are_painted_on_any_machine(monkeypatch):
+    call = InstantASPipeline.__call__
+    monkeypatch.setattr(InstantASPipeline, "__call__", lambda self, *a, **k: call(self, *a, **k, num_inference_steps=1))
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    for block, size in zip(blocks, [(1024, 256), (512, 256)]):
+        names = {}
+        exec(block, names)
+        assert names["image"].size == size
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_contents_lead_to_headings(page):
+    text = page.read_text(encoding="utf-8")
+    headings = {
+        re.sub(r"[^\w -]", "", line).strip().lower().replace(" ", "-") for line in re.findall(r"(?m)^#+(.*)$", text)
+    }
+    assert set(re.findall(r"\]\(#([^)]*)\)", text)) <= headings
 
 
 def test_there_are_examples():
@@ -34,5 +57,7 @@ def test_links_and_named_files_exist(page):
     text = page.read_text(encoding="utf-8")
     links = re.findall(r"\]\((?!https?:)([^)#]+)(?:#[^)]*)?\)", text)
     assert not [link for link in links if not (page.parent / link).exists()]
-    named = re.findall(r"`((?:instantas|kernels|csrc|bench|docs|tests)/[\w./-]+\.(?:py|md|cu|cuh|cpp|h|json|csv))`", text)
+    named = re.findall(
+        r"`((?:instantas|kernels|csrc|bench|docs|tests)/[\w./-]+\.(?:py|md|cu|cuh|cpp|h|json|csv))`", text
+    )
     assert not [name for name in named if not (ROOT / name).exists()]
