@@ -28,7 +28,7 @@ LARGEST_PLOT = 10_000  # windows
 @click.group(context_settings={"help_option_names": ["-h", "--help"]}, invoke_without_command=True)
 @click.version_option(__version__, prog_name="instantas")
 @click.pass_context
-def app(context):
+def app(context: click.Context) -> None:
     """Pictures of any size from a pretrained text-to-image model, in the fewest network evaluations."""
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
@@ -45,7 +45,15 @@ app.add_command(generate)
 @click.option("--stride", type=click.IntRange(1), default=8, show_default=True, help="MultiDiffusion's, in cells.")
 @click.option("--steps", type=click.IntRange(1), default=50, show_default=True)
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw the layout to this file.")
-def plan(size, wrap, window, cell, stride, steps, plot):
+def plan(
+    size: tuple[int, int],
+    wrap: tuple[bool, bool],
+    window: int,
+    cell: int,
+    stride: int,
+    steps: int,
+    plot: Path | None,
+) -> None:
     """Windows and network evaluations for a size, against MultiDiffusion's."""
     if stride > window:
         raise ValueError(f"stride: expected at most the window's {window} cells, got {stride}")
@@ -72,14 +80,14 @@ def plan(size, wrap, window, cell, stride, steps, plot):
 @click.option("--quick", is_flag=True, help="In less than a minute, with wider quartiles.")
 @click.option("--device", type=Device(), help="By default cuda where there is one, else cpu.")
 @click.option("--dtype", type=click.Choice(list(DTYPES)), help="By default bfloat16 on a GPU, float32 elsewhere.")
-def bench(quick, device, dtype):
+def bench(quick: bool, device: str | None, dtype: str | None) -> None:
     """Time the operations on this machine against what one would write in eager PyTorch."""
     from instantas.bench import cases
     from instantas.bench.measure import DisagreementError, machine
 
     device = device or default_device()
-    dtype = DTYPES[dtype or ("bfloat16" if torch.device(device).type == "cuda" else "float32")]
-    comparisons = cases.small(device, dtype, quick)
+    usual = "bfloat16" if torch.device(device).type == "cuda" else "float32"
+    comparisons = cases.small(device, DTYPES[dtype or usual], quick)
     table = []
     with click.progressbar(length=100 * len(comparisons), label="measuring", file=sys.stderr) as bar:
         for i, case in enumerate(comparisons):
@@ -94,10 +102,11 @@ def bench(quick, device, dtype):
 
 @app.command()
 @click.option("--prompts", is_flag=True, help="What the small model that comes along can paint, in place of these.")
-def info(prompts):
+def info(prompts: bool) -> None:
     """Versions, devices, and which backends can run here."""
     if prompts:
-        return _list_prompts()
+        _list_prompts()
+        return
     click.echo(f"instantas {__version__}, Python {platform.python_version()}, {platform.machine()} {platform.system()}")
     for package in ("torch", "triton", "diffusers", "transformers"):
         click.echo(f"  {package:<13} {_version(package)}")

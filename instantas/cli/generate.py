@@ -6,6 +6,7 @@ import json
 import random
 import warnings
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
@@ -74,7 +75,16 @@ BESIDE_RESUME = ("resume", "output", "force", "model", "dtype", "device")
     help="Decode the latents that a run has kept which could not, in place of painting PROMPT.",
 )
 @click.pass_context
-def generate(context, prompt, size, resume, output, force, preview, **options):
+def generate(
+    context: click.Context,
+    prompt: str | None,
+    size: tuple[int, int] | None,
+    resume: Path | None,
+    output: Path,
+    force: bool,
+    preview: Path | None,
+    **options: Any,
+) -> None:
     """Paint PROMPT and write a PNG file."""
     if output.suffix.lower() != ".png":
         raise ValueError(f"output: expected a file name that ends in .png, got {output.name!r}")
@@ -83,7 +93,8 @@ def generate(context, prompt, size, resume, output, force, preview, **options):
         given = [n for n in context.params if context.get_parameter_source(n) is ParameterSource.COMMANDLINE]
         if surplus := [name for name in given if name not in BESIDE_RESUME]:
             raise ValueError(f"resume: expected only {', '.join(BESIDE_RESUME[1:])} beside it, got {surplus[0]}")
-        return _resume(resume, output, force, options)
+        _resume(resume, output, force, options)
+        return
     for name, value in (("prompt", prompt), ("size", size)):
         if value is None:
             raise click.MissingParameter(ctx=context, param=next(p for p in context.command.params if p.name == name))

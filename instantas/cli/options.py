@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import click
 import torch
 
 from instantas.cli.errors import first_line
 
-SCHEDULERS = {  # command line's name -> diffusers' class and what it is made with
+SCHEDULERS: dict[
+    str, tuple[str, dict[str, str]]
+] = {  # command line's name -> diffusers' class and what it is made with
     "ddim": ("DDIMScheduler", {}),
     "ddpm": ("DDPMScheduler", {}),
     "deis": ("DEISMultistepScheduler", {}),
@@ -33,13 +36,14 @@ class Size(click.ParamType):
 
     name = "WxH"
 
-    def convert(self, value, param, ctx):
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
         if isinstance(value, tuple):
             return value
         match = re.fullmatch(r"\s*(\d{1,18})\s*[xX*×]\s*(\d{1,18})\s*", value)
-        if not match or 0 in (size := tuple(map(int, match.groups()))):
+        width, height = map(int, match.groups()) if match else (0, 0)
+        if not width or not height:
             self.fail(f"expected WIDTHxHEIGHT in whole pixels from 1 up, such as 1024x512, got {value!r}", param, ctx)
-        return size
+        return width, height
 
 
 class Wrap(click.ParamType):
@@ -47,7 +51,7 @@ class Wrap(click.ParamType):
 
     name = "x,y"
 
-    def convert(self, value, param, ctx):
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[bool, bool]:
         if isinstance(value, tuple):
             return value
         axes = value.split(",")
@@ -61,7 +65,7 @@ class Device(click.ParamType):
 
     name = "device"
 
-    def convert(self, value, param, ctx):
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         try:
             torch.empty(0, device=value)
         except (RuntimeError, AssertionError) as error:

@@ -29,7 +29,8 @@ def read_regions(places: Sequence[str], file: str | None) -> tuple[list[Region],
     Raises:
         ValueError: saying which region is wrong and what was expected.
     """
-    regions, masks = [], []
+    regions: list[Region] = []
+    masks: list[str | Path] = []
     for number, place in enumerate(places, 1):
         try:
             regions.append(Region.parse(place))

@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoPipelineForText2Image, DiffusionPipeline
@@ -317,7 +318,15 @@ class InstantASPipeline:
         return StableDiffusionPipelineOutput(images=images, nsfw_content_detected=flagged)
 
     @torch.no_grad()
-    def decode(self, latents: torch.Tensor, height: int, width: int, *, wrap=(False, False), output_type="pil"):
+    def decode(
+        self,
+        latents: torch.Tensor,
+        height: int,
+        width: int,
+        *,
+        wrap: tuple[bool, bool] = (False, False),
+        output_type: str = "pil",
+    ) -> Any:
         """Pictures of so many pixels, as from the call, of what it gives with `output_type="latent"`.
 
         Raises:
