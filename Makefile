@@ -18,7 +18,7 @@ $(STAMP): pyproject.toml setup.py constraints.txt instantas/ops/schemas.py insta
 
 demo: $(STAMP)
 	mkdir -p out
-	$(BIN)/instantas generate "red brick wall" --size 1024x256 --seed 1 -o out/demo.png --force
+	$(BIN)/instantas generate "lava" --size 1024x256 --seed 1 -o out/demo.png --force
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -q

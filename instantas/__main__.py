@@ -7,7 +7,10 @@ def main() -> None:
     try:
         from instantas.cli import main as run
     except ModuleNotFoundError as error:
-        sys.stderr.write(f"instantas: {error}; the command line needs: pip install 'instantas[diffusers]'\n")
+        if (error.name or "").startswith("instantas"):
+            raise
+        needed = f"the command line needs {error.name}, which is not installed"
+        sys.stderr.write(f"instantas: {needed}; pip install 'instantas[diffusers]' brings it\n")
         sys.exit(2)
     run()
 

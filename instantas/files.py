@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,10 +20,12 @@ def check_writable(path: str | os.PathLike, *, overwrite: bool = True) -> Path:
         raise ValueError(f"path: expected a file, got the folder {str(path)!r}")
     if not path.parent.is_dir():
         raise ValueError(f"path: expected an existing folder, got {str(path.parent)!r}")
-    if not os.access(path.parent, os.W_OK):
-        raise ValueError(f"path: expected a folder that can be written, got {str(path.parent)!r}")
     if path.exists() and not overwrite:
         raise ValueError(f"path: expected a new file, got {str(path)!r}, which exists")
+    try:  # permissions do not tell of read-only disks, of names that are too long, and nothing to the superuser
+        tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.stem}.", suffix=f".part{path.suffix}").close()
+    except OSError as error:
+        raise ValueError(f"path: expected a file that can be written, got {str(path)!r} ({error.strerror})") from error
     return path
 
 

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from instantas.pipelines.pipeline import InstantASPipeline
+
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "docs" / "examples").glob("*.py"))
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -25,6 +27,25 @@ def test_every_example_paints_a_picture(path, tmp_path):
     with Image.open(tmp_path / "a.png") as picture:
         pixels = np.asarray(picture).astype(float)
     assert pixels.shape[0] == 128 and pixels.std() > 5
+
+
+def test_readmes_pictures_are_painted_on_any_machine(monkeypatch):
+    call = InstantASPipeline.__call__
+    monkeypatch.setattr(InstantASPipeline, "__call__", lambda self, *a, **k: call(self, *a, **k, num_inference_steps=1))
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    for block, size in zip(blocks, [(1024, 256), (512, 256)]):
+        names = {}
+        exec(block, names)
+        assert names["image"].size == size
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_contents_lead_to_headings(page):
+    text = page.read_text(encoding="utf-8")
+    headings = {
+        re.sub(r"[^\w -]", "", line).strip().lower().replace(" ", "-") for line in re.findall(r"(?m)^#+(.*)$", text)
+    }
+    assert set(re.findall(r"\]\(#([^)]*)\)", text)) <= headings
 
 
 def test_there_are_examples():

@@ -1,7 +1,9 @@
 """Files that are written whole or not at all."""
 
+import errno
 import os
 import re
+import tempfile
 
 import pytest
 
@@ -68,7 +70,14 @@ def test_what_cannot_be_written_is_refused_at_once(tmp_path):
     assert check_writable(str(tmp_path / "a.png")) == tmp_path / "a.png"
 
 
-def test_a_folder_that_is_read_only_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)  # root may write anywhere
-    with pytest.raises(ValueError, match="path: expected a folder that can be written, got"):
+def test_a_place_that_cannot_be_written_is_found_by_trying(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="path: expected a file that can be written, got .*File name too long"):
+        check_writable(tmp_path / ("a" * 250 + ".png"))
+
+    def read_only(*arguments, **settings):  # the superuser may write to every folder of a disk that can be written
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(tempfile, "NamedTemporaryFile", read_only)
+    with pytest.raises(ValueError, match="path: expected a file that can be written, got .*Read-only file system"):
         check_writable(tmp_path / "a.png")
+    assert os.listdir(tmp_path) == []

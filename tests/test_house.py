@@ -26,7 +26,7 @@ FLOORS = (  # from the ground up; a room imports rooms of lower floors, never on
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 LAZY = "__init__"  # the face: names that are imported when they are used
-TESTED = ("bench", "demo", "ops", "pipelines", "regions", "sampling")  # rooms of tests/
+TESTED = ("bench", "cli", "demo", "ops", "pipelines", "regions", "sampling")  # rooms of tests/
 TORCH_ALONE = ("ops/reference.py",)
 
 

@@ -1,4 +1,4 @@
-"""The embedded model: a small latent diffusion model of twelve materials and a nebula, trained from scratch.
+"""The embedded model: a small latent diffusion model of thirteen materials, trained from scratch.
 
 `folder()` is a Stable Diffusion pipeline in diffusers' layout: AutoencoderTiny, CLIPTextModel and UNet2DConditionModel,
 3.7 M parameters in float16, one native window is 16x16 latents = 128x128 px. Beside `model_index.json` lies
@@ -8,23 +8,14 @@ of the same kind, `judge.py` recognises the materials; they need `instantas[trai
 
 from __future__ import annotations
 
+import functools
+import re
 from pathlib import Path
 
-MATERIALS = (
-    "brick",
-    "grass",
-    "gravel",
-    "stars",
-    "sand",
-    "water",
-    "clouds",
-    "wood",
-    "lava",
-    "marble",
-    "leaves",
-    "snow",
-    "nebula",
-)
+from instantas.demo.training import captions
+from instantas.demo.training.palettes import LOOKS, NOUNS
+
+MATERIALS = tuple(NOUNS)
 """What the model can paint; each name is also a prompt."""
 
 PROMPTS = {
@@ -58,3 +49,31 @@ def folder() -> Path:
             f"the embedded model is missing from this installation: expected {path / 'model_index.json'}"
         )
     return path
+
+
+def vocabulary() -> dict[str, tuple[tuple[str, ...], tuple[str, ...]]]:
+    """By material, the names that it goes by and the words for its looks."""
+    return {
+        material: (nouns, tuple(dict.fromkeys(word for look in LOOKS[material] for word in look.adjectives if word)))
+        for material, nouns in NOUNS.items()
+    }
+
+
+def unknown_words(prompt: str) -> list[str]:
+    """The words of a prompt that were in no caption of the model's training."""
+    return [word for word in _words(prompt) if word not in _seen()]
+
+
+def names_material(prompt: str) -> bool:
+    """Whether a word of the prompt stands for something that the model can paint."""
+    names = {word for nouns in NOUNS.values() for noun in nouns for word in noun.split()}
+    return not names.isdisjoint(set(_words(prompt)) - set(captions.FILLERS))
+
+
+@functools.cache
+def _seen():
+    return frozenset(captions.words())
+
+
+def _words(prompt):
+    return re.findall(r"\w+", prompt.lower())

@@ -283,6 +283,28 @@ class InstantASPipeline(HeldPipeline):
             return images, flagged
         return StableDiffusionPipelineOutput(images=images, nsfw_content_detected=flagged)
 
+    @torch.no_grad()
+    def decode(
+        self,
+        latents: torch.Tensor,
+        height: int,
+        width: int,
+        *,
+        wrap: tuple[bool, bool] = (False, False),
+        output_type: str = "pil",
+        generator: torch.Generator | list[torch.Generator] | None = None,
+    ) -> Any:
+        """Pictures of so many pixels, as from the call, of what it gives with `output_type="latent"`.
+
+        Raises:
+            ValueError: for latents of another size.
+        """
+        height, width, wrap = self._size(height, width, wrap)
+        rows, columns = self.canvas(height, width)
+        if latents.shape[-2:] != (rows, columns):
+            raise ValueError(f"latents: expected (pictures, C, {rows}, {columns}), got {tuple(latents.shape)}")
+        return self._decoded(latents, (height, width), wrap, output_type, generator)[0]
+
     def _regions(self, regions, size, wrap, base_weight, semantic_schedule):
         check_blend(base_weight, semantic_schedule)
         lists = region_lists(regions or ())

@@ -92,12 +92,15 @@ class Region:
         """
         prompt, at, place = text.rpartition("@")
         prompt, place = prompt.strip(), place.strip()
+        wrong_form = ValueError(f'region: expected "prompt@left,top,right,bottom" or "prompt@mask.png", got {text!r}')
         if not at or not prompt or not place:
-            raise ValueError(f'region: expected "prompt@left,top,right,bottom" or "prompt@mask.png", got {text!r}')
+            raise wrong_form
         parts = place.split(",")
         try:
             numbers = [float(part) if set(part) & set(".eE") else int(part) for part in parts]
         except ValueError:
+            if len(parts) == 4 and not Path(place).exists():
+                raise wrong_form from None
             numbers = None
         if numbers is None or (len(numbers) != 4 and Path(place).exists()):
             return cls(prompt, mask=place, **settings)

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -245,3 +246,13 @@ def test_what_is_missing_is_named(module):
     assert run.returncode == 1 and re.search(
         r"skimage(\.\w+)? is missing: pip install 'instantas\[train\]'", run.stderr
     )
+
+
+def test_every_page_counts_the_materials_alike():
+    pages = [demo.__doc__, materials.__doc__]
+    pages += [Path(demo.__file__).with_name("README.md").read_text(encoding="utf-8")]
+    pages += [(Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")]
+    assert len(demo.MATERIALS) == 13
+    assert [set(re.findall(r"(\w+) materials", page)) & {"twelve", "thirteen", "fourteen"} for page in pages] == [
+        {"thirteen"}
+    ] * 4

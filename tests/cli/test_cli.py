@@ -1,31 +1,21 @@
-"""The command line, run in this process as a user would type it."""
+"""What the commands paint, print and refuse."""
 
+import hashlib
 import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from instantas import __version__, demo
 from instantas.cli import main
 from instantas.pipelines.pipeline import InstantASPipeline
 
-
-@pytest.fixture(autouse=True)
-def in_tmp(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-
-def refused(capsys, *arguments) -> str:
-    """Run a command that must fail in one line with exit code 2; the line."""
-    with pytest.raises(SystemExit) as stop:
-        main(list(arguments))
-    out, err = capsys.readouterr()
-    assert stop.value.code == 2
-    *shown, line = err.splitlines()
-    assert all("%|" in part for part in shown if part.strip())  # nothing before it but the progress bar
-    assert line.startswith("instantas: ") and "Traceback" not in err
-    return line
+ROOT = Path(__file__).parents[2]
 
 
 def generate(*arguments, prompt="red brick wall"):
@@ -41,8 +31,42 @@ def test_picture_of_the_asked_size_with_its_settings_inside(capsys):
         assert picture.text["seed"] == "7"
         assert picture.text["size"] == "300x200"
         settings = json.loads(picture.text["settings"])
-    assert settings["negative_prompt"] == "grass" and settings["num_inference_steps"] == 2
-    assert settings["guidance_scale"] == 2.5  # the model's own
+    assert settings == {  # what was given, and every default
+        "instantas": __version__,
+        "model": "demo",
+        "dtype": "float32",
+        "scheduler": None,
+        "scheduler_class": "DDIMScheduler",
+        "num_inference_steps": 2,
+        "guidance_scale": 2.5,  # the model's own
+        "negative_prompt": "grass",
+        "wrap": [False, False],
+        "method": "instantas",
+        "bridging": "shift",
+        "regions": [],
+        "masks": {},
+        "region_mode": "blend",
+        "base_weight": 0.0,
+        "semantic_schedule": "constant",
+        "window_batch_size": 4,
+        "cuda_graph": False,
+    }
+
+
+@pytest.mark.parametrize(
+    "options, noted",
+    [
+        (("--method", "multidiffusion"), {"bridging": "none", "method": "multidiffusion"}),
+        (("--scheduler", "dpm"), {"scheduler": "dpm", "scheduler_class": "DPMSolverMultistepScheduler"}),
+        (("--bridging", "economy", "--wrap", "x"), {"bridging": "economy", "wrap": [False, True]}),
+        (("--guidance", "1.5", "--dtype", "bfloat16"), {"guidance_scale": 1.5, "dtype": "bfloat16"}),
+    ],
+)
+def test_settings_that_follow_from_others_are_noted_too(options, noted):
+    generate("--size", "128x128", *options)
+    with Image.open("instantas.png") as picture:
+        settings = json.loads(picture.text["settings"])
+    assert {name: settings[name] for name in noted} == noted
 
 
 def test_one_seed_gives_identical_bytes_and_another_batch_the_same_picture():
@@ -55,6 +79,12 @@ def test_one_seed_gives_identical_bytes_and_another_batch_the_same_picture():
     pixels = [np.asarray(Image.open(f"{name}.png")).astype(int) for name in "acd"]
     assert abs(pixels[0] - pixels[1]).max() <= 1  # another batch size rounds differently in the last bit
     assert abs(pixels[0] - pixels[2]).max() > 10
+
+
+@pytest.mark.parametrize("size", ["64X64", "64*64", "64×64", " 64 x 64 "])
+def test_a_size_may_be_written_in_other_ways(size, capsys):
+    main(["plan", "--size", size])
+    assert "64x64 px" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("size", ["1x1", "7x900", "1000x33"])
@@ -71,25 +101,13 @@ def test_a_seed_that_was_not_given_is_told(capsys):
     assert open("a.png", "rb").read() == open("b.png", "rb").read()
 
 
-def test_a_file_is_replaced_only_by_force(capsys):
+def test_a_file_is_replaced_only_by_force(refused):
     with open("a.png", "w") as file:
         file.write("mine")
-    assert "exists" in refused(capsys, "generate", "grass", "--size", "8x8", "-o", "a.png")
+    assert "exists" in refused("generate", "grass", "--size", "8x8", "-o", "a.png")
     assert open("a.png").read() == "mine"
     generate("--size", "8x8", "-o", "a.png", "--force")
     assert Image.open("a.png").size == (8, 8)
-
-
-def test_a_failure_while_writing_leaves_nothing(capsys, monkeypatch):
-    def broken(self, path, **settings):
-        with open(path, "wb") as file:
-            file.write(b"half")
-        raise OSError("disk full")
-
-    monkeypatch.setattr(Image.Image, "save", broken)
-    arguments = ["generate", "grass", "--steps", "1", "--device", "cpu", "--size", "8x8", "-o", "a.png"]
-    assert "disk full" in refused(capsys, *arguments)
-    assert os.listdir() == []
 
 
 @pytest.mark.parametrize(
@@ -114,17 +132,29 @@ def test_a_failure_while_writing_leaves_nothing(capsys, monkeypatch):
         (["--size", "8x8", "-o", "missing/a.png"], "missing"),
         (["--size", "8x8", "-o", "a.jpg"], ".png"),
         (["--size", "8x8", "--model", "no/such/folder"], "no/such/folder"),
+        (["--size", "8x8", "-o", "a" * 250 + ".png"], "file that can be written"),
+        (["--size", "8y8"], "WIDTHxHEIGHT"),
+        (["--size", "8xx8"], "WIDTHxHEIGHT"),
         ([], "--size"),
     ],
 )
-def test_wrong_options_are_refused_in_one_line(capsys, arguments, told):
-    assert told in refused(capsys, "generate", "grass", *arguments)
+def test_wrong_options_are_refused_in_one_line(refused, arguments, told):
+    assert told in refused("generate", "grass", *arguments)
     assert os.listdir() == []
 
 
-def test_an_incomplete_model_folder_is_named(capsys):
+def test_a_model_is_loaded_from_what_was_given(monkeypatch, refused):
+    def load(model, **settings):
+        raise ValueError(f"model: got {model}")
+
+    monkeypatch.setattr(InstantASPipeline, "from_pretrained", load)
+    for model in ("my.safetensors", "some/model", "./folder"):
+        assert f"model: got {model}" in refused("generate", "a cat", "--size", "8x8", "--model", model)
+
+
+def test_an_incomplete_model_folder_is_named(refused):
     os.mkdir("model")
-    assert "model" in refused(capsys, "generate", "grass", "--size", "8x8", "--model", "./model")
+    assert "model" in refused("generate", "grass", "--size", "8x8", "--model", "./model")
 
 
 def test_plan(capsys):
@@ -135,8 +165,8 @@ def test_plan(capsys):
         assert picture.width > 100
 
 
-def test_plan_refuses_a_file_that_cannot_be_made(capsys):
-    assert "missing" in refused(capsys, "plan", "--size", "8x8", "--plot", "missing/a.png")
+def test_plan_refuses_a_file_that_cannot_be_made(refused):
+    assert "missing" in refused("plan", "--size", "8x8", "--plot", "missing/a.png")
 
 
 def test_info_names_every_backend_and_why_one_is_absent(capsys):
@@ -146,8 +176,62 @@ def test_info_names_every_backend_and_why_one_is_absent(capsys):
         assert name in out
 
 
-def test_unknown_command(capsys):
-    assert "magic" in refused(capsys, "magic")
+def test_without_arguments_the_help_is_printed(capsys):
+    main([])
+    out = capsys.readouterr().out
+    assert out.startswith("Usage: instantas") and "generate" in out and "plan" in out
+
+
+@pytest.mark.parametrize("command", [[], ["info"], ["generate", "lava", "--size", "8x8"]])
+@pytest.mark.parametrize("missing", ["click", "PIL"])
+def test_without_the_extra_it_is_said_what_to_install(command, missing):
+    run = (
+        f"import sys; sys.modules[{missing!r}] = None; sys.argv[1:] = {command!r}; from instantas.__main__ import main"
+    )
+    done = subprocess.run([sys.executable, "-c", f"{run}; main()"], capture_output=True, text=True, cwd=ROOT)
+    if missing == "click" or command[:1] == ["generate"]:
+        assert done.returncode == 2 and missing in done.stderr
+        assert len(done.stderr.splitlines()) == 1 and "pip install 'instantas[diffusers]'" in done.stderr
+    else:
+        assert done.returncode == 0
+
+
+# Words: what the embedded model has never seen is said
+
+
+def test_words_that_the_embedded_model_has_never_seen_are_named(capsys):
+    generate("--size", "8x8", "--negative", "dogs", prompt="A fluffy cat, on GREEN grass")
+    line = capsys.readouterr().err.splitlines()[0]
+    assert line.startswith(
+        "instantas: the embedded model has never seen 'fluffy', 'cat', 'dogs'; it paints brick, grass,"
+    )
+    assert os.path.exists("instantas.png")
+
+
+@pytest.mark.parametrize("prompt", ["a cat", "small red cat", "photo", "Zugspitze"])
+def test_a_prompt_of_which_it_knows_nothing_is_refused(refused, prompt):
+    line = refused("generate", prompt, "--size", "8x8")
+    assert repr(prompt) in line and "it paints brick, grass" in line and "info --prompts" in line
+    assert repr(prompt) in refused("generate", "lava", "--size", "8x8", "--region", prompt + "@0,0,1,1")
+    assert os.listdir() == []
+
+
+def test_prompts_of_known_words_and_none_at_all_are_painted_without_a_word(capsys):
+    for prompt in (*demo.PROMPTS, "Sea, next to a snow field", ""):
+        assert demo.unknown_words(prompt) == []
+        assert not prompt or demo.names_material(prompt)
+    generate("--size", "8x8", prompt="")
+    assert "never seen" not in capsys.readouterr().err
+
+
+def test_the_prompts_are_listed(capsys):
+    main(["info", "--prompts"])
+    out = capsys.readouterr().out
+    assert all(name in out for name in (*demo.MATERIALS, *demo.PROMPTS, "meadow", "sandstone"))
+
+
+def test_unknown_command(refused):
+    assert "magic" in refused("magic")
 
 
 # Regions: given as text or as a file, drawn beforehand, recorded in the picture
@@ -192,7 +276,17 @@ def test_regions_reach_the_pipeline_and_the_picture_records_them(monkeypatch):
     assert settings["regions"][1].box == (0, 0, 64, 64) and settings["regions"][2].guidance_scale == 4
     with Image.open("instantas.png") as picture:
         recorded = json.loads(picture.text["settings"])
-    assert recorded["regions"] == [RIGHT, "night sky@0,0,64,64", *listed]
+    mask = str(Path("half.png").resolve())
+    plain = dict(
+        negative_prompt=None, weight=1.0, start=0.0, end=1.0, feather=0, guidance_scale=None, box=None, mask=None
+    )
+    assert [plain | region for region in recorded["regions"]] == recorded["regions"]  # every argument is there
+    assert recorded["regions"] == [
+        dict(recorded["regions"][0], prompt="lava", box=[0.5, 0, 1, 1]),
+        dict(recorded["regions"][1], prompt="night sky", box=[0, 0, 64, 64]),
+        dict(recorded["regions"][2], prompt="snow", mask=mask, feather=8, guidance_scale=4),
+    ]
+    assert recorded["masks"] == {mask: hashlib.sha256(Path("half.png").read_bytes()).hexdigest()}
     for given, name, value in (
         (settings, "region_mode", "joint"),
         (settings, "base_weight", 0.25),
@@ -206,12 +300,12 @@ def test_a_region_may_cross_a_border_that_wraps():
     assert pixels("instantas.png").shape == (128, 256, 3)
 
 
-def test_preview_is_drawn_before_the_picture_is_painted(monkeypatch, capsys):
+def test_preview_is_drawn_before_the_picture_is_painted(monkeypatch, refused):
     def fail(*arguments, **settings):
         raise ValueError("prompt: stopped")
 
     monkeypatch.setattr(InstantASPipeline, "__call__", fail)
-    refused(capsys, "generate", "wall", *SIZE, "--device", "cpu", "--region", RIGHT, "--preview", "layout.png")
+    refused("generate", "snow", *SIZE, "--device", "cpu", "--region", RIGHT, "--preview", "layout.png")
     with Image.open("layout.png") as picture:
         assert len(picture.convert("RGB").getcolors(1 << 20)) > 20
 
@@ -219,8 +313,12 @@ def test_preview_is_drawn_before_the_picture_is_painted(monkeypatch, capsys):
 @pytest.mark.parametrize(
     "options, words",
     [
-        (("--region", "lava"), 'region: expected "prompt@left,top,right,bottom"'),
-        (("--region", "lava@0.5,0,0.2,1"), "box: expected left < right"),
+        (("--region", "lava"), "region 1, 'lava': region: expected \"prompt@left,top,right,bottom\""),
+        (("--region", RIGHT, "--region", "snow@"), "region 2, 'snow@': region: expected \"prompt@left,"),
+        (("--region", "@0,0,1,1"), "region 1, '@0,0,1,1': region: expected \"prompt@left,"),
+        (("--region", "lava@0,0,half,1"), "region 1, 'lava@0,0,half,1': region: expected \"prompt@left,"),
+        (("--region", "lava@0,0,1"), "region 1, 'lava@0,0,1': box: expected"),
+        (("--region", "lava@0.5,0,0.2,1"), "region 1, 'lava@0.5,0,0.2,1': box: expected left < right"),
         (("--region", "lava@0,0,300,100"), "box: expected 0 to 256 pixels"),
         (("--region", "lava@nowhere.png"), "mask: expected a picture file"),
         (("--regions", "nowhere.json"), "regions: expected a JSON file"),
@@ -231,13 +329,13 @@ def test_preview_is_drawn_before_the_picture_is_painted(monkeypatch, capsys):
         (("--preview", "instantas.png"), "preview: expected another file than the output"),
     ],
 )
-def test_what_is_wrong_is_said_in_one_line(capsys, options, words):
-    assert words in refused(capsys, "generate", "wall", *SIZE, "--steps", "1", "--device", "cpu", *options)
+def test_what_is_wrong_is_said_in_one_line(refused, options, words):
+    assert words in refused("generate", "snow", *SIZE, "--steps", "1", "--device", "cpu", *options)
 
 
-def test_an_existing_preview_is_kept(capsys):
+def test_an_existing_preview_is_kept(refused):
     with open("layout.png", "w") as file:
         file.write("mine")
     options = (*SIZE, "--device", "cpu", "--preview", "layout.png")
-    assert "layout.png" in refused(capsys, "generate", "wall", *options)
+    assert "layout.png" in refused("generate", "snow", *options)
     assert open("layout.png").read() == "mine"

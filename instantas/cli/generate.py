@@ -1,0 +1,233 @@
+"""`instantas generate`: paints a picture, or goes on with one whose latents were kept."""
+
+from __future__ import annotations
+
+import json
+import random
+import warnings
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from click.core import ParameterSource
+
+from instantas import __version__
+from instantas.cli.cost import Memory
+from instantas.cli.options import DTYPES, SCHEDULERS, Device, Size, default_device, wrap_option
+from instantas.cli.record import digests, kept, latents_path, read_latents, read_regions, write_png
+from instantas.files import check_writable
+from instantas.regions import SCHEDULES, RegionMap
+from instantas.sampling.bridging import BRIDGES, DEFAULT, evaluations
+from instantas.sampling.sampler import set_timesteps
+
+EMBEDDED = "demo"  # the name of the model that comes along in a picture's settings
+BESIDE_RESUME = ("resume", "output", "force", "model", "dtype", "device")
+
+
+@click.command()
+@click.argument("prompt", required=False)
+@click.option("--size", type=Size(), help="Width and height of the picture in pixels, any from 1 up.")
+@click.option(
+    "--model",
+    help="Hub id, folder in diffusers' layout or checkpoint file; by default the small model that comes along.",
+)
+@click.option("--steps", type=click.IntRange(1), help="Scheduler steps; by default the model's own number, else 50.")
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), help="By default a random one, which is printed.")
+@click.option("--guidance", type=float, help="Guidance scale; by default the model's own, else 7.5.")
+@click.option("--scheduler", type=click.Choice(sorted(SCHEDULERS)), help="By default the model's own.")
+@click.option("--negative", metavar="PROMPT", help="What the picture should not show.")
+@wrap_option
+@click.option("--method", type=click.Choice(["instantas", "multidiffusion"]), default="instantas", show_default=True)
+@click.option(
+    "--bridging",
+    metavar="NAME[+NAME]",
+    help=f"What ties the windows together: none, {', '.join(BRIDGES)}; by default {DEFAULT}, of multidiffusion none.",
+)
+@click.option(
+    "--region",
+    "places",
+    metavar="PROMPT@PLACE",
+    multiple=True,
+    help='A part with its own prompt: "grass@0,0.5,1,1" (left, top, right, bottom) or "grass@mask.png". Repeatable.',
+)
+@click.option("--regions", "regions_file", metavar="FILE.json", help="More regions: a list of Region's arguments.")
+@click.option("--region-mode", type=click.Choice(["blend", "joint"]), default="blend", show_default=True)
+@click.option("--base-weight", type=float, default=0.0, show_default=True, help="PROMPT's share beside the regions.")
+@click.option(
+    "--semantic-schedule",
+    type=click.Choice(list(SCHEDULES)),
+    default="constant",
+    show_default=True,
+    help="Regions' share over the steps.",
+)
+@click.option("--preview", type=click.Path(path_type=Path), help="Draw regions and windows to this file.")
+@click.option("--window-batch", type=click.IntRange(1), default=4, show_default=True, help="Windows per network call.")
+@click.option("--cuda-graph", is_flag=True, help="Capture a step once and replay it; on a GPU, for many steps.")
+@click.option("--dtype", type=click.Choice(list(DTYPES)), help="By default float16 on a GPU, float32 elsewhere.")
+@click.option("--device", type=Device(), help="By default cuda where there is one, else cpu.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), default="instantas.png", show_default=True)
+@click.option("--force", is_flag=True, help="Replace the output file if it exists.")
+@click.option(
+    "--resume",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Decode the latents that a run has kept which could not, in place of painting PROMPT.",
+)
+@click.pass_context
+def generate(
+    context: click.Context,
+    prompt: str | None,
+    size: tuple[int, int] | None,
+    resume: Path | None,
+    output: Path,
+    force: bool,
+    preview: Path | None,
+    **options: Any,
+) -> None:
+    """Paint PROMPT and write a PNG file."""
+    if output.suffix.lower() != ".png":
+        raise ValueError(f"output: expected a file name that ends in .png, got {output.name!r}")
+    check_writable(output, overwrite=force)
+    if resume:
+        given = [n for n in context.params if context.get_parameter_source(n) is ParameterSource.COMMANDLINE]
+        if surplus := [name for name in given if name not in BESIDE_RESUME]:
+            raise ValueError(f"resume: expected only {', '.join(BESIDE_RESUME[1:])} beside it, got {surplus[0]}")
+        _resume(resume, output, force, options)
+        return
+    for name, value in (("prompt", prompt), ("size", size)):
+        if value is None:
+            raise click.MissingParameter(ctx=context, param=next(p for p in context.command.params if p.name == name))
+    check_writable(latents_path(output), overwrite=force)
+    if preview:
+        if preview.resolve() == output.resolve():
+            raise ValueError(f"preview: expected another file than the output, got {str(preview)!r}")
+        check_writable(preview, overwrite=force)
+    _paint(prompt, size, output, force, preview, **options)
+
+
+def _paint(
+    prompt,
+    size,
+    output,
+    force,
+    preview,
+    *,
+    model,
+    steps,
+    seed,
+    guidance,
+    scheduler,
+    negative,
+    places,
+    regions_file,
+    window_batch,
+    dtype,
+    device,
+    **settings,
+):
+    regions, notes = read_regions(places, regions_file)
+    if model is None:
+        _check_words([prompt, *(region.prompt for region in regions)], negative)
+    pipe = _pipeline(model, scheduler, dtype, device)
+    (width, height), wrap, method = size, settings["wrap"], settings["method"]
+    settings = settings | dict(
+        num_inference_steps=pipe.defaults["num_inference_steps"] if steps is None else steps,
+        guidance_scale=pipe.defaults["guidance_scale"] if guidance is None else guidance,
+        negative_prompt=negative,
+        bridging=settings["bridging"] or (DEFAULT if method == "instantas" else "none"),
+        window_batch_size=window_batch,
+    )
+    memory = Memory.of(pipe, height, width, wrap, method)
+    memory.check(pipe.device, f"{width}x{height}")
+    if preview:
+        shares = {name: settings[name] for name in ("wrap", "base_weight", "semantic_schedule")}
+        drawn = RegionMap(regions, height, width, pipe.cell, pipe.canvas(height, width), **shares)
+        drawn.preview(preview, pipe.plan(height, width, wrap=wrap, method=method))
+        click.echo(f"{preview}: layout")
+    click.echo(f"{_evaluations(pipe, size, settings, len(regions))}, memory: {memory}")
+    seed = random.SystemRandom().randrange(2**32) if seed is None else seed
+    generator = torch.Generator("cpu").manual_seed(seed)
+    asked = dict(height=height, width=width, regions=regions, output_type="latent")
+    latents = pipe(prompt, **asked, generator=generator, **settings).images
+    settings |= {
+        "instantas": __version__,
+        "model": model or EMBEDDED,
+        "scheduler": scheduler,
+        "scheduler_class": type(pipe.scheduler).__name__,
+        "dtype": str(pipe.dtype).removeprefix("torch."),
+        "regions": notes,
+        "masks": digests(notes),
+    }
+    text = {
+        "prompt": prompt,
+        "seed": str(seed),
+        "size": f"{width}x{height}",
+        "settings": json.dumps(settings),
+        "Software": f"instantas {__version__}",
+    }
+    with kept(latents, output, text):
+        _decode(pipe, latents, output, text, force)
+
+
+def _resume(path, output, force, options):
+    latents, text = read_latents(path)
+    settings, model = json.loads(text["settings"]), options["model"]
+    if model is None and settings["model"] != EMBEDDED:
+        model = settings["model"]
+    pipe = _pipeline(model, None, options["dtype"] or settings["dtype"], options["device"])
+    _decode(pipe, latents.to(pipe.device, pipe.unet.dtype), output, text, force)
+
+
+def _decode(pipe, latents, output, text, force):
+    width, height = map(int, text["size"].split("x"))
+    wrap = tuple(json.loads(text["settings"])["wrap"])
+    picture = pipe.decode(latents, height, width, wrap=wrap)[0]
+    write_png(picture, output, text, force)
+    click.echo(f"{output}: {width}x{height}, seed {text['seed']}")
+
+
+def _pipeline(model, scheduler, dtype, device):
+    """The model on its device with the scheduler asked for."""
+    import diffusers
+    import transformers
+
+    for library in (diffusers, transformers):  # their remarks on loading are nothing that the user can act on
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+    from instantas import demo
+    from instantas.pipelines.pipeline import InstantASPipeline
+
+    device = device or default_device()
+    dtype = DTYPES[dtype or ("float16" if torch.device(device).type == "cuda" else "float32")]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch_dtype: the name that takes its place is too new
+        pipe = InstantASPipeline.from_pretrained(model or demo.folder(), torch_dtype=dtype).to(device)
+    if scheduler:
+        name, settings = SCHEDULERS[scheduler]
+        pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config, **settings)
+    return pipe
+
+
+def _check_words(prompts, negative):
+    """What the embedded model has no word for is told, and refused where it has none at all."""
+    from instantas import demo
+
+    unknown = list(dict.fromkeys(word for text in (*prompts, negative or "") for word in demo.unknown_words(text)))
+    told = f"it paints {', '.join(demo.MATERIALS)} (`instantas info --prompts` has all words)"
+    if unknown:
+        told = f"the embedded model has never seen {', '.join(map(repr, unknown))}; {told}"
+    for prompt in prompts:
+        if prompt.strip() and not demo.names_material(prompt):
+            raise ValueError(f"prompt: expected something that the embedded model paints, got {prompt!r}; {told}")
+    if unknown:
+        click.echo(f"instantas: {told}", err=True)
+
+
+def _evaluations(pipe, size, settings, regions):
+    """Windows, and how often the network is evaluated on one: the progress bar tells the time that is left of them."""
+    set_timesteps(pipe.scheduler, settings["num_inference_steps"], None, pipe.device)
+    plan = pipe.plan(size[1], size[0], wrap=settings["wrap"], method=settings["method"])
+    steps = len(pipe.scheduler.timesteps)
+    count = evaluations(settings["bridging"], plan, steps) * (1 + regions * (settings["method"] == "multidiffusion"))
+    return f"windows: {plan.count}, evaluations: {count} in {steps} steps"

@@ -1,0 +1,80 @@
+"""What the commands' options share: their types, and the names of schedulers and dtypes."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import click
+import torch
+
+from instantas.cli.errors import first_line
+
+SCHEDULERS: dict[
+    str, tuple[str, dict[str, str]]
+] = {  # command line's name -> diffusers' class and what it is made with
+    "ddim": ("DDIMScheduler", {}),
+    "ddpm": ("DDPMScheduler", {}),
+    "deis": ("DEISMultistepScheduler", {}),
+    "dpm++": ("DPMSolverMultistepScheduler", {}),
+    "dpm++-single": ("DPMSolverSinglestepScheduler", {}),
+    "dpm": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "euler-a": ("EulerAncestralDiscreteScheduler", {}),
+    "heun": ("HeunDiscreteScheduler", {}),
+    "kdpm2": ("KDPM2DiscreteScheduler", {}),
+    "lcm": ("LCMScheduler", {}),
+    "lms": ("LMSDiscreteScheduler", {}),
+    "pndm": ("PNDMScheduler", {}),
+    "unipc": ("UniPCMultistepScheduler", {}),
+}
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+class Size(click.ParamType):
+    """WIDTHxHEIGHT in pixels, with an x, X, * or × in the middle."""
+
+    name = "WxH"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        if isinstance(value, tuple):
+            return value
+        match = re.fullmatch(r"\s*(\d{1,18})\s*[xX*×]\s*(\d{1,18})\s*", value)
+        width, height = map(int, match.groups()) if match else (0, 0)
+        if not width or not height:
+            self.fail(f"expected WIDTHxHEIGHT in whole pixels from 1 up, such as 1024x512, got {value!r}", param, ctx)
+        return width, height
+
+
+class Wrap(click.ParamType):
+    """x, y or x,y -> (vertical, horizontal)."""
+
+    name = "x,y"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[bool, bool]:
+        if isinstance(value, tuple):
+            return value
+        axes = value.split(",")
+        if not set(axes) <= {"x", "y"}:
+            self.fail(f"expected x, y or x,y, got {value!r}", param, ctx)
+        return "y" in axes, "x" in axes
+
+
+class Device(click.ParamType):
+    """A torch device that is really there."""
+
+    name = "device"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        try:
+            torch.empty(0, device=value)
+        except (RuntimeError, AssertionError) as error:
+            self.fail(f"expected a device that this machine has, got {value!r}: {first_line(error)}", param, ctx)
+        return value
+
+
+wrap_option = click.option("--wrap", type=Wrap(), default=(False, False), help="Axes that close to a circle.")
+
+
+def default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,0 +1,111 @@
+"""What a run leaves with its picture: settings from which it can be made again, and the latents until it is there."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from instantas.cli.errors import message
+from instantas.files import whole_file
+from instantas.regions import Region, load_regions
+
+TEXT = ("prompt", "seed", "size", "settings", "Software")  # a picture's text chunks
+
+
+def read_regions(places: Sequence[str], file: str | None) -> tuple[list[Region], list[dict]]:
+    """Regions from the command line and from a JSON file, and what to note of them.
+
+    A note has every argument of `Region`, those that were not given too, with the mask's whole path: a list of them is
+    a file for `--regions`.
+
+    Raises:
+        ValueError: saying which region is wrong and what was expected.
+    """
+    regions: list[Region] = []
+    masks: list[str | Path] = []
+    for number, place in enumerate(places, 1):
+        try:
+            regions.append(Region.parse(place))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"region {number}, {place!r}: {error}") from error
+        masks.append(place.rpartition("@")[2].strip())
+    if file:
+        regions += load_regions(file)
+        entries = json.loads(Path(file).read_text(encoding="utf-8"))
+        masks += [Path(file).parent / (entry.get("mask") or "") for entry in entries]
+    names = [field.name for field in dataclasses.fields(Region)]
+    notes = [{name: getattr(region, name) for name in names if name != "mask"} for region in regions]
+    for region, note, mask in zip(regions, notes, masks):
+        note["mask"] = None if region.mask is None else str(Path(mask).resolve())
+    return regions, notes
+
+
+def digests(notes: Sequence[dict]) -> dict[str, str]:
+    """SHA-256 of the masks' files, by name."""
+    files = sorted({note["mask"] for note in notes if note["mask"]})
+    return {file: hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in files}
+
+
+def write_png(picture: Any, output: Path, text: dict[str, str], force: bool) -> None:
+    """A PNG file with text chunks, whole or not at all."""
+    from PIL.PngImagePlugin import PngInfo
+
+    chunks = PngInfo()
+    for key, value in text.items():
+        chunks.add_itxt(key, value)
+    with whole_file(output, overwrite=force) as part:
+        picture.save(part, format="PNG", pnginfo=chunks)
+
+
+def latents_path(output: Path) -> Path:
+    """Where the latents of a picture are kept until it is written."""
+    return output.with_suffix(".latents.safetensors")
+
+
+@contextlib.contextmanager
+def kept(latents: torch.Tensor, output: Path, text: dict[str, str]) -> Iterator[None]:
+    """Keeps the latents in a file while they become a picture, for good if they do not.
+
+    Raises:
+        ClickException: for what goes wrong meanwhile, telling how to go on.
+    """
+    from safetensors.torch import save_file
+
+    path = latents_path(output)
+    with whole_file(path) as part:
+        save_file({"latents": latents.contiguous().cpu()}, part, metadata=text)
+    try:
+        yield
+    except BaseException as error:
+        if (line := message(error)) is None:
+            raise
+        again = f"instantas generate --resume {path} -o {output}"
+        raise click.ClickException(f"{line}; the latents are kept, go on with: {again}") from error
+    path.unlink()
+
+
+def read_latents(path: Path) -> tuple[torch.Tensor, dict[str, str]]:
+    """The latents and the text that `kept` wrote.
+
+    Raises:
+        ValueError: for another file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            text = file.metadata() or {}
+            latents = file.get_tensor("latents")
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"resume: expected latents that a run has kept, got {str(path)!r} ({error})") from error
+    if missing := [name for name in TEXT if name not in text]:
+        raise ValueError(f"resume: expected latents that a run has kept, got {str(path)!r} without {missing[0]}")
+    return latents, {name: text[name] for name in TEXT}
