@@ -9,6 +9,7 @@ import contextlib
 import copy
 import functools
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -142,7 +143,15 @@ class WindowPlan:
         return type(self), (self.height, self.width, self.window, self.origins, self.wrap)
 
     @classmethod
-    def minimum_coverage(cls, height, width, window=64, *, wrap=(False, False), shift=(0, 0)) -> WindowPlan:
+    def minimum_coverage(
+        cls,
+        height: int,
+        width: int,
+        window: int | tuple[int, int] = 64,
+        *,
+        wrap: bool | tuple[bool, bool] = (False, False),
+        shift: int | tuple[int, int] = (0, 0),
+    ) -> WindowPlan:
         """The fewest windows that cover the canvas: ceil(height / h) * ceil(width / w) (InstantAS, minimum coverage).
 
         An axis not longer than the window has one window, of the axis's length. Otherwise the windows keep their native
@@ -152,35 +161,50 @@ class WindowPlan:
             shift: (vertical, horizontal) cells by which the windows move; only along axes that wrap.
         """
         height, width = positive("height", height), positive("width", width)
-        (h, w), wrap, shift = pair("window", window, positive), pair("wrap", wrap, flag), pair("shift", shift, integer)
+        (h, w), wraps = pair("window", window, positive), pair("wrap", wrap, flag)
+        shifts = pair("shift", shift, integer)
         h, w = min(h, height), min(w, width)
-        ys = _even_origins("vertical", height, h, wrap[0], shift[0])
-        xs = _even_origins("horizontal", width, w, wrap[1], shift[1])
-        return cls.grid(height, width, (h, w), ys, xs, wrap=wrap)
+        ys = _even_origins("vertical", height, h, wraps[0], shifts[0])
+        xs = _even_origins("horizontal", width, w, wraps[1], shifts[1])
+        return cls.grid(height, width, (h, w), ys, xs, wrap=wraps)
 
     @classmethod
-    def strided(cls, height, width, window=64, stride=8, *, wrap=(False, False)) -> WindowPlan:
+    def strided(
+        cls,
+        height: int,
+        width: int,
+        window: int | tuple[int, int] = 64,
+        stride: int | tuple[int, int] = 8,
+        *,
+        wrap: bool | tuple[bool, bool] = (False, False),
+    ) -> WindowPlan:
         """A window at every multiple of the stride (MultiDiffusion), the last one flush with the edge.
 
         Args:
             stride: (vertical, horizontal) or one integer, at most the window.
         """
         height, width = positive("height", height), positive("width", width)
-        (h, w), (sy, sx), wrap = (
-            pair("window", window, positive),
-            pair("stride", stride, positive),
-            pair("wrap", wrap, flag),
-        )
+        (h, w), wraps = pair("window", window, positive), pair("wrap", wrap, flag)
+        strides = pair("stride", stride, positive)
         h, w = min(h, height), min(w, width)
-        ys = _strided_origins(height, h, sy, wrap[0])
-        xs = _strided_origins(width, w, sx, wrap[1])
-        return cls.grid(height, width, (h, w), ys, xs, wrap=wrap)
+        ys = _strided_origins(height, h, strides[0], wraps[0])
+        xs = _strided_origins(width, w, strides[1], wraps[1])
+        return cls.grid(height, width, (h, w), ys, xs, wrap=wraps)
 
     @classmethod
-    def grid(cls, height, width, window, ys, xs, *, wrap=(False, False)) -> WindowPlan:
+    def grid(
+        cls,
+        height: int,
+        width: int,
+        window: int | tuple[int, int],
+        ys: Sequence[int] | np.ndarray,
+        xs: Sequence[int] | np.ndarray,
+        *,
+        wrap: bool | tuple[bool, bool] = (False, False),
+    ) -> WindowPlan:
         """A window at every (y, x) of ys times xs, row by row."""
-        ys, xs = np.asarray(ys), np.asarray(xs)
-        return cls(height, width, window, np.stack([np.repeat(ys, len(xs)), np.tile(xs, len(ys))], axis=1), wrap)
+        origins = np.stack([np.repeat(ys, len(xs)), np.tile(xs, len(ys))], axis=1)
+        return cls(height, width, pair("window", window, positive), origins, pair("wrap", wrap, flag))
 
     @property
     def lower_bound(self) -> int:
@@ -216,8 +240,6 @@ class WindowPlan:
         gaussian: variance 0.01 of the window's length, as is usual for latent tiles. Always float32: in half precision
         the Gaussian is 0 in the window's corners.
         """
-        if kind not in WEIGHT_KINDS:
-            raise ValueError(f"weight: expected one of {', '.join(WEIGHT_KINDS)}, got {kind!r}")
         with torch.inference_mode(False):
             return torch.outer(*(_axis_weight(kind, length) for length in self.window)).float()
 
@@ -286,15 +308,15 @@ class _Axis(NamedTuple):
         which: (n,), which of them each window has.
         inside: bool, (places, origins), over which places of those where coverage changes their windows lie.
         touches: bool, (origins, tiles), which tiles their windows touch.
-        tile, count, first: the tiles that they touch, origin by origin; how many each does, and where its first is.
+        tile, counts, firsts: the tiles that they touch, origin by origin; how many each does, and where its first is.
     """
 
     which: np.ndarray
     inside: np.ndarray
     touches: np.ndarray
     tile: np.ndarray
-    count: np.ndarray
-    first: np.ndarray
+    counts: np.ndarray
+    firsts: np.ndarray
 
 
 @functools.lru_cache(256)  # many plans have an axis in common
@@ -311,7 +333,7 @@ def _axis(length: int, window: int, tile: int, origins: bytes) -> _Axis:
 
 def _leaves_holes(rows: _Axis, columns: _Axis) -> bool:
     """Whether a plan's coverage has a 0, without laying out the canvas."""
-    there = np.zeros((len(rows.count), len(columns.count)), dtype=bool)
+    there = np.zeros((len(rows.counts), len(columns.counts)), dtype=bool)
     there[rows.which, columns.which] = True
     if there.all():  # a grid: each axis by itself
         return not (rows.inside.any(1).all() and columns.inside.any(1).all())
@@ -324,9 +346,9 @@ def _covering_windows(rows: _Axis, columns: _Axis) -> tuple[np.ndarray, np.ndarr
     # join, per window, its tile rows with its tile columns; then sort by tile, keeping windows ascending
     window, down = np.nonzero(rows.touches[rows.which])
     which = columns.which[window]
-    count = columns.count[which]
+    count = columns.counts[which]
     pairs = count.cumsum()
-    across = columns.tile[np.arange(pairs[-1]) + np.repeat(columns.first[which] - pairs + count, count)]
+    across = columns.tile[np.arange(pairs[-1]) + np.repeat(columns.firsts[which] - pairs + count, count)]
     tile = np.repeat(down * columns.touches.shape[1], count) + across
     start = np.bincount(tile + 1, minlength=rows.touches.shape[1] * columns.touches.shape[1] + 1).cumsum()
     return start, np.repeat(window, count)[np.argsort(tile, kind="stable")]
@@ -343,3 +365,4 @@ def _axis_weight(kind: str, length: int) -> torch.Tensor:
             return torch.sin(torch.pi * centre)
         case "gaussian":
             return torch.exp(-((centre - 0.5) ** 2) / (2 * GAUSSIAN_VARIANCE))
+    raise ValueError(f"weight: expected one of {', '.join(WEIGHT_KINDS)}, got {kind!r}")

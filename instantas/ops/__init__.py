@@ -8,6 +8,7 @@ reference backend); arithmetic is float32 (float64 for float64). Needs only torc
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -163,7 +164,7 @@ def guided_step(
     return new_sample, None if history is None else new_history
 
 
-def _guidance(scale, plan, device) -> tuple[float, torch.Tensor | None]:
+def _guidance(scale: Any, plan: WindowPlan, device: torch.device) -> tuple[float, torch.Tensor | None]:
     """The guidance scale as a number, or as a map of the canvas, which counts in its place."""
     is_tensor, shape = isinstance(scale, torch.Tensor), (plan.height, plan.width)
     if is_tensor and scale.dim():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch.autograd import forward_ad
@@ -14,7 +16,7 @@ from instantas.windows import WindowPlan
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
-def tracing(tensor) -> bool:
+def tracing(tensor: torch.Tensor) -> bool:
     """Whether values cannot be read now: under torch.compile, for fake or meta tensors, in a CUDA graph capture."""
     return (
         torch.compiler.is_compiling()
@@ -25,12 +27,21 @@ def tracing(tensor) -> bool:
     )
 
 
-def check_plan(plan):
+def check_plan(plan: Any) -> None:
     if not isinstance(plan, WindowPlan):
         raise TypeError(f"plan: expected a WindowPlan, got {type(plan).__name__}")
 
 
-def check_tensor(name, tensor, layout, shape, *, dtypes=DTYPES, like=None, device=None):
+def check_tensor(
+    name: str,
+    tensor: Any,
+    layout: str,
+    shape: Sequence[int | None],
+    *,
+    dtypes: Sequence[torch.dtype] = DTYPES,
+    like: torch.Tensor | None = None,
+    device: torch.device | None = None,
+) -> None:
     """shape: the expected sizes, None where any will do; like: a tensor whose dtype and device it must share."""
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{name}: expected a tensor {layout}, got {type(tensor).__name__}")
@@ -47,12 +58,12 @@ def check_tensor(name, tensor, layout, shape, *, dtypes=DTYPES, like=None, devic
         raise ValueError(f"{name}: expected a tensor on {device}, got one on {tensor.device}")
 
 
-def check_constant(name, tensor):
+def check_constant(name: str, tensor: torch.Tensor) -> None:
     if tensor.requires_grad:
         raise ValueError(f"{name}: expected a constant (its gradient is not computed), got requires_grad=True")
 
 
-def check_prompt_ids(prompt_ids, prompts):
+def check_prompt_ids(prompt_ids: torch.Tensor, prompts: int) -> None:
     """Whether ids are rows of a bank of so many prompts, or -1; read on the CPU alone, where nothing waits for it."""
     if prompt_ids.device.type == "cpu" and prompt_ids.numel() and not tracing(prompt_ids):
         low, high = (int(v) for v in prompt_ids.aminmax())
@@ -60,7 +71,7 @@ def check_prompt_ids(prompt_ids, prompts):
             raise ValueError(f"prompt_ids: expected -1 to {prompts - 1}, got {low} to {high}")
 
 
-def finite(name, value) -> float:
+def finite(name: str, value: Any) -> float:
     if isinstance(value, torch.Tensor):
         check_constant(name, value)
     try:
@@ -72,7 +83,7 @@ def finite(name, value) -> float:
     return value
 
 
-def traced_number(name, value, device) -> torch.Tensor:
+def traced_number(name: str, value: Any, device: torch.device | str) -> torch.Tensor:
     """A float64 scalar that a compiled graph computes: a Python number in it would be a graph for each value."""
     if isinstance(value, torch.Tensor):
         if value.dim():
@@ -86,7 +97,7 @@ def traced_number(name, value, device) -> torch.Tensor:
 _sound_weights = WeakTensorKeyDictionary()  # weight -> its version, the (plan, dtype) with which it was found right
 
 
-def check_weight(weight, plan, like):
+def check_weight(weight: torch.Tensor | None, plan: WindowPlan, like: torch.Tensor) -> None:
     """like: the tensor to be weighted, whose dtype says in which precision the weights are used."""
     if weight is None:
         return
@@ -111,7 +122,7 @@ def check_weight(weight, plan, like):
     _sound_weights[weight] = version, (uses if seen == version else frozenset()) | {(plan, dtype)}
 
 
-def vector(name, values, device) -> torch.Tensor:
+def vector(name: str, values: Any, device: torch.device) -> torch.Tensor:
     """A float64 vector on the device; a tensor that is one already is taken as it is, unread."""
     if isinstance(values, torch.Tensor):
         if values.dim() != 1:

@@ -195,7 +195,7 @@ class Dilated:
         for length, side, n in zip((plan.height, plan.width), sides, counts):
             view, j = np.divmod(np.arange(side), side // n)
             cells.append(torch.from_numpy((j * n + view) * length // side))
-        return Stage(WindowPlan.minimum_coverage(*sides, plan.window), view=View(*cells))
+        return Stage(WindowPlan.minimum_coverage(sides[0], sides[1], plan.window), view=View(*cells))
 
 
 @dataclass(frozen=True)
@@ -269,7 +269,7 @@ class Joined:
         return replace(chosen, adjust=adjust)
 
 
-def _several(plan) -> bool:
+def _several(plan: WindowPlan) -> bool:
     """Whether there is anything to bridge: more than one window, or one whose own edges should meet."""
     if plan.count != plan.lower_bound:
         raise ValueError(
@@ -285,7 +285,7 @@ def _offsets(index: int) -> tuple[float, float]:
     return (0.5 + index / plastic) % 1, (0.5 + index / plastic**2) % 1
 
 
-def _moved(length, window, wraps, far_end, u) -> np.ndarray:
+def _moved(length: int, window: int, wraps: bool, far_end: int, u: float) -> np.ndarray:
     """Origins of the windows that are evaluated on one axis."""
     n = -(-length // window)
     if wraps:
@@ -298,7 +298,7 @@ def _moved(length, window, wraps, far_end, u) -> np.ndarray:
     return length - window - origins[::-1] if far_end else origins
 
 
-def _covering(plan, rows, columns) -> Stage:
+def _covering(plan: WindowPlan, rows: np.ndarray, columns: np.ndarray) -> Stage:
     """The stage that evaluates rows x columns, among the windows that the whole canvas takes."""
     axes = []
     for length, window, wraps, origins in zip((plan.height, plan.width), plan.window, plan.wrap, (rows, columns)):
@@ -309,7 +309,7 @@ def _covering(plan, rows, columns) -> Stage:
     return Stage(moved, None if evaluated.all() else torch.from_numpy(evaluated), moved.weight("linear"))
 
 
-BRIDGES = {
+BRIDGES: dict[str, Bridge] = {
     "shift": Shift(),
     "economy": Shift(share=0.65),
     "centred": Centred(),
@@ -319,7 +319,7 @@ BRIDGES = {
 DEFAULT = "shift"
 
 
-def bridge(name) -> Bridge | None:
+def bridge(name: str | Bridge | None) -> Bridge | None:
     """The bridge of a name: one of `BRIDGES`, "default", "none" (None), or several joined by "+".
 
     A bridge object or None is returned as it is.
@@ -328,9 +328,9 @@ def bridge(name) -> Bridge | None:
         ValueError: for an unknown name, and for bridges that cannot be joined.
         TypeError: for anything else.
     """
-    if name is None or callable(getattr(name, "step", None)):
-        return name
     if not isinstance(name, str):
+        if name is None or callable(getattr(name, "step", None)):
+            return name
         raise TypeError(f"bridging: expected a name or a bridge, got {type(name).__name__}")
     if name == "none":
         return None
@@ -341,7 +341,7 @@ def bridge(name) -> Bridge | None:
     return BRIDGES[names[0]] if len(names) == 1 else Joined(tuple(BRIDGES[each] for each in names))
 
 
-def evaluations(bridging, plan: WindowPlan, steps: int) -> int:
+def evaluations(bridging: str | Bridge | None, plan: WindowPlan, steps: int) -> int:
     """Windows evaluated in a whole run of that many scheduler evaluations, for one picture and one branch of guidance.
 
     bridging: a name or an object as `bridge` takes it. Minimum coverage without re-use has steps * plan.lower_bound.

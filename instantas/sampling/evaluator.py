@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -33,13 +34,14 @@ class Evaluator:
         self.denoiser = denoiser
         self.failed, self.warned = 0, False
 
-    def __call__(self, windows: torch.Tensor, context) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def __call__(self, windows: torch.Tensor, context: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(cond, uncond or None) of windows (m, C, h, w); context: the `sampler.StepContext` with all their rows.
 
         Raises:
             ValueError: for predictions of another shape, or with uncond for a part of the windows.
         """
-        whole, start = None, 0
+        whole: list[Any] = []  # cond, uncond or None
+        start = 0
         while start < len(windows):
             some = slice(start, start + self.batch)
             given = windows[some]
@@ -55,15 +57,15 @@ class Evaluator:
             self._warn()
             if len(given) == len(windows):
                 return predicted
-            if whole is None:  # filled batch by batch, so that no prediction is held twice
-                whole = tuple(p if p is None else torch.empty_like(windows) for p in predicted)
+            if not whole:  # filled batch by batch, so that no prediction is held twice
+                whole = [p if p is None else torch.empty_like(windows) for p in predicted]
             if (whole[1] is None) != (predicted[1] is None):
                 raise ValueError("denoiser: expected uncond for all windows or for none, got it for a part of them")
             for target, p in zip(whole, predicted):
                 if p is not None:
                     target[some] = p
             start += len(given)
-        return whole
+        return whole[0], whole[1]
 
     def _halve(self, size, device):
         if device.type == "cuda":

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ class CudaGraph:
         pool: of memory, shared by graphs that are replayed one after the other.
     """
 
-    def __init__(self, function: Callable, pool):
+    def __init__(self, function: Callable, pool: Any):
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph, pool=pool):
             function()
@@ -53,10 +54,12 @@ class StepGraphs:
         self.advance, self.state, self.steps = advance, None, steps
         self.kinds = [_kind(step, phase) for step in steps]
         self.several = {kind for kind, n in Counter(self.kinds).items() if kind and n > 2}
-        self.rows, self.graphs, self.pool = {}, {}, None
+        self.rows: dict[tuple, _Rows] = {}
+        self.graphs: dict[tuple, CudaGraph] = {}
+        self.pool: Any = None
 
     @torch.no_grad()
-    def __call__(self, state, step):
+    def __call__(self, state: Any, step: Any) -> Any:
         """The next state; its tensors hold it until the next call."""
         self._keep(state)
         kind = self.kinds[step.context.step]

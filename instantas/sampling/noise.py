@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -58,7 +59,7 @@ class Level:
         return turn * x + keep * prediction
 
 
-def levels(scheduler) -> list[Level] | None:
+def levels(scheduler: Any) -> list[Level] | None:
     """The level of each of a scheduler's timesteps, which are set; None if it has no table that this module knows.
 
     Read off `alphas_cumprod` (between its entries, the angle whose tangent is noise / signal is interpolated), or off

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -30,12 +31,12 @@ class StepContext:
         step, steps: index of the evaluation and how many there are (second-order schedulers evaluate twice a step).
         timestep: the scheduler's timestep, 0-dimensional, on the latents' device.
         plan: the windows of this step.
-        view: what they are cut from (`bridging.View`, for masks to be seen through too); None: the canvas.
         rows: (m, 2) int64 on the CPU, the (picture, window) of each window given.
         level: the step's noise level, and what is predicted; None for a scheduler whose levels are not known. With
             `cuda_graph` its numbers may be tensors.
         pictures: (m,) int64 on the latents' device, the picture of each window given.
         origins: (m, 2) int32 on the latents' device, the (y, x) of each.
+        view: what they are cut from (`bridging.View`, for masks to be seen through too); None: the canvas.
         captured: whether the call is captured in a CUDA graph. The tensors on the device then are of the step that is
             replayed, and all else is of one step for several, whose pictures are the same and whose windows may lie
             elsewhere.
@@ -47,9 +48,9 @@ class StepContext:
     plan: WindowPlan
     rows: torch.Tensor
     level: Level | None
+    pictures: torch.Tensor
+    origins: torch.Tensor
     view: View | None = None
-    pictures: torch.Tensor | None = None
-    origins: torch.Tensor | None = None
     captured: bool = False
 
     def subset(self, some: slice) -> StepContext:
@@ -61,7 +62,7 @@ def sample(
     denoiser: Callable,
     latents: torch.Tensor,
     plan: WindowPlan,
-    scheduler,
+    scheduler: Any,
     *,
     num_inference_steps: int | None = None,
     timesteps: Sequence[int] | None = None,
@@ -134,7 +135,7 @@ def sample(
 
     update = _LinearUpdate(recurrence) if recurrence else _SchedulerUpdate(scheduler, generator, eta)
     reuse = any(stage.evaluated is not None for stage, _ in stages)
-    advance = _Advance(evaluate, update, guidance_scale, guidance_rescale, plan, reuse)
+    advance: Callable = _Advance(evaluate, update, guidance_scale, guidance_rescale, plan, reuse)
     steps = _steps(latents, timesteps, stages, noise_levels, recurrence)
     told = {} if callback is None or "denoised" not in inspect.signature(callback).parameters else {"denoised": None}
     if cuda_graph:
@@ -226,7 +227,14 @@ class _Advance:
         return State(canvas, history, **latest)
 
 
-def set_timesteps(scheduler, num_inference_steps, timesteps, device, sigmas=None, **settings) -> None:
+def set_timesteps(
+    scheduler: Any,
+    num_inference_steps: int | None,
+    timesteps: Sequence[int] | None,
+    device: torch.device,
+    sigmas: Sequence[float] | None = None,
+    **settings: Any,
+) -> None:
     """Set a number of steps or a list of timesteps or sigmas on the scheduler; none: keep those that it has."""
     if isinstance(scheduler, type):
         raise TypeError(
@@ -235,7 +243,7 @@ def set_timesteps(scheduler, num_inference_steps, timesteps, device, sigmas=None
     for method in ("set_timesteps", "step"):
         if not callable(getattr(scheduler, method, None)):
             raise TypeError(f"scheduler: expected a diffusers scheduler, got {type(scheduler).__name__}")
-    ways = dict(num_inference_steps=num_inference_steps, timesteps=timesteps, sigmas=sigmas)
+    ways: dict[str, Any] = dict(num_inference_steps=num_inference_steps, timesteps=timesteps, sigmas=sigmas)
     given = [name for name, value in ways.items() if value is not None]
     if len(given) > 1:
         raise ValueError(f"{given[1]}: expected either {given[1]} or {given[0]}, got both")
@@ -249,7 +257,7 @@ def set_timesteps(scheduler, num_inference_steps, timesteps, device, sigmas=None
         scheduler.set_timesteps(positive("num_inference_steps", num_inference_steps), device=device, **settings)
     elif getattr(scheduler, "num_inference_steps", None) is None and not getattr(scheduler, "custom_timesteps", False):
         raise ValueError("num_inference_steps: expected a number, as the scheduler has no timesteps set, got None")
-    elif getattr(scheduler, "step_index", None) is not None or getattr(scheduler, "counter", 0):
+    elif getattr(scheduler, "step_index", None) is not None or getattr(scheduler, "counter", None):
         raise ValueError("num_inference_steps: expected a number, as the scheduler has taken steps already, got None")
     if not len(scheduler.timesteps):
         raise ValueError("timesteps: expected at least one, got none")
@@ -366,7 +374,7 @@ def _steps(latents, timesteps, stages, noise_levels, recurrence):
         if stage.view is not None:
             stage.view.on(device)
         pictures, origins = placed[:, 0], stage.plan.tables(device).origins[placed[:, 1]]
-        context = StepContext(i, len(stages), t, stage.plan, rows, level, stage.view, pictures, origins)
+        context = StepContext(i, len(stages), t, stage.plan, rows, level, pictures, origins, stage.view)
         step = Step(context, stage, chosen, weight, noise_levels[i - 1] if i else None)
         if recurrence:
             table = numbers.coefficients[i], numbers.keep[i], numbers.input_scale[i]
@@ -427,7 +435,7 @@ def _check_run(latents, plan):
         raise ValueError(f"latents: expected (B, C, {plan.height}, {plan.width}), got {tuple(latents.shape)}")
 
 
-def check_settings(pictures: int, guidance_rescale, eta, generator) -> None:
+def check_settings(pictures: int, guidance_rescale: Any, eta: Any, generator: Any) -> None:
     """Refuse what `sample` cannot be called with; raises TypeError, ValueError."""
     for name, value in (("guidance_rescale", guidance_rescale), ("eta", eta)):
         real(name, value, 0, 1)

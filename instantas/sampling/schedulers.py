@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import inspect
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,17 +39,17 @@ class Recurrence:
         """k, the number of entries the steps look back."""
         return self.coefficients.shape[1] - 2
 
-    def to(self, device) -> Recurrence:
+    def to(self, device: torch.device | str) -> Recurrence:
         return Recurrence(*(table.to(device) for table in (self.coefficients, self.keep, self.input_scale)))
 
 
-def step_keywords(scheduler, generator=None, eta: float = 0.0) -> dict:
+def step_keywords(scheduler: Any, generator: Any = None, eta: float = 0.0) -> dict[str, Any]:
     """The keywords among generator and eta that `scheduler.step` takes."""
     accepted = inspect.signature(scheduler.step).parameters
     return {name: value for name, value in (("generator", generator), ("eta", eta)) if name in accepted}
 
 
-def probe(scheduler, eta: float = 0.0) -> Recurrence | None:
+def probe(scheduler: Any, eta: float = 0.0) -> Recurrence | None:
     """The recurrence of a scheduler whose timesteps are set; None if its steps are not one.
 
     A scheduler that draws noise (if only to multiply it by zero: the next draw from the generator depends on it), is
@@ -90,7 +91,7 @@ class _Table(torch.Tensor):
         return torch.as_tensor(array)
 
 
-def _said(scheduler) -> str:
+def _said(scheduler: Any) -> str:
     """What of a scheduler's configuration a division by zero comes from."""
     config = getattr(scheduler, "config", {})
     names = ("prediction_type", "rescale_betas_zero_snr", "timestep_spacing")
@@ -125,7 +126,7 @@ def _run(scheduler, sample, outputs, eta):
     return torch.stack(samples).numpy(), scales, kept, not all(map(torch.equal, states, drawn))
 
 
-def _state(scheduler, shape) -> dict:
+def _state(scheduler: Any, shape: torch.Size) -> dict[str, np.ndarray]:
     """Attribute name -> the newest tensor of the sample's shape that the scheduler holds under it."""
     state = {}
     for name, value in vars(scheduler).items():
@@ -163,7 +164,7 @@ def _solve(x, m, keep, k):
     return coefficients
 
 
-def _reproduces(coefficients, keep, noise, trajectory) -> bool:
+def _reproduces(coefficients: np.ndarray, keep: np.ndarray, noise: np.ndarray, trajectory: np.ndarray) -> bool:
     """Whether the recurrence follows the scheduler along a trajectory that it was not read from."""
     x, k = noise[0], coefficients.shape[1] - 2
     history = [np.zeros_like(x)] * k

@@ -33,7 +33,7 @@ def calls(side: int, dtype: torch.dtype) -> dict:
     }
 
 
-def main():
+def main() -> None:
     control = ctypes.CDLL(sys.argv[1])
     torch.set_num_threads(1)
     with torch.no_grad(), ops.use_backend("cpp"):

@@ -4,12 +4,18 @@ They have a thousand results or more, so that the error is no accident of a few.
 """
 
 import random
+from collections.abc import Callable, Iterable
 from functools import partial
+from typing import Any
+
+import torch
 
 from instantas import ops
 from instantas.testing import oracle
 from instantas.testing.oracle import attention_inputs, normal, positive, region_weights
 from instantas.windows import WEIGHT_KINDS, WindowPlan
+
+Example = tuple[Callable, list[Any]]
 
 
 def plan_of(draw: random.Random) -> WindowPlan:
@@ -25,26 +31,26 @@ def plan_of(draw: random.Random) -> WindowPlan:
     return WindowPlan.strided(height, width, window, stride, wrap=wrap)
 
 
-def weight_of(draw, plan):
+def weight_of(draw: random.Random, plan: WindowPlan) -> torch.Tensor | None:
     kind = draw.choice(["none", "each", *WEIGHT_KINDS])
     if kind in WEIGHT_KINDS:
         return plan.weight(kind)
     return None if kind == "none" else positive(plan.count, *plan.window, seed=draw.randint(0, 99))
 
 
-def gather(draw):
+def gather(draw: random.Random) -> Example:
     plan = plan_of(draw)
     canvas = normal(1, draw.choice([4, 4, 4, 4, 5]), plan.height, plan.width, seed=draw.randint(0, 99))
     return lambda x: ops.gather_windows(x, plan), [canvas]
 
 
-def scatter(draw):
+def scatter(draw: random.Random) -> Example:
     plan = plan_of(draw)
     windows = normal(1, plan.count, draw.choice([4, 4, 4, 4, 5]), *plan.window, seed=draw.randint(0, 99))
     return lambda x, w: ops.scatter_windows(x, plan, w), [windows, weight_of(draw, plan)]
 
 
-def step(draw):
+def step(draw: random.Random) -> Example:
     plan, seed, c, k = plan_of(draw), draw.randint(0, 99), draw.choice([4, 4, 4, 4, 5]), draw.randint(0, 3)
     coefficients, keep = normal(2 + k, seed=seed).tolist(), normal(2, seed=seed + 1).tolist()
     cond, uncond = (normal(1, plan.count, c, *plan.window, seed=seed + i) for i in (2, 3))
@@ -60,7 +66,7 @@ def step(draw):
     return call, [cond, uncond, sample, history, weight_of(draw, plan), guidance]
 
 
-def attention(draw):
+def attention(draw: random.Random) -> Example:
     seed, mode, scale = draw.randint(0, 99), draw.choice(["blend", "joint"]), draw.choice([None, 0.1, 0.5])
     b, n, heads, d = 1, draw.randint(120, 150), 1, draw.randint(16, 24)
     p, length, r = draw.randint(1, 3), draw.randint(1, 33), draw.choice([1, 2, 3, 20])
@@ -72,7 +78,7 @@ def attention(draw):
 OPERATIONS = gather, scatter, step, attention
 
 
-def judge(backends, operation, draw):
+def judge(backends: Iterable[str], operation: Callable[[random.Random], Example], draw: random.Random) -> None:
     """Holds backends to the error budget on one example of the operation, in a dtype drawn with it."""
     call, arguments = operation(draw)
     dtype = draw.choice(oracle.DTYPES)

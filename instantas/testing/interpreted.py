@@ -7,7 +7,7 @@ import os
 import torch
 
 
-def prepare():
+def prepare() -> None:
     """Without a GPU, switches the interpreter on. To be called before triton is imported."""
     if not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"

@@ -10,10 +10,11 @@ operation, whatever the backend. Without a GPU the Triton kernels run in Triton'
 the emulation (`emulated.py`), where there is a compiler for it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -55,32 +56,32 @@ ATTENTION = [
 ]
 
 
-def device(backend):
+def device(backend: str) -> str:
     """Where a backend's tensors live."""
     return "cuda" if backend in ("triton", "cuda") and GPU else "cpu"
 
 
-def use_backend(backend):
+def use_backend(backend: str) -> AbstractContextManager[None]:
     """`ops.use_backend`, or the emulation, or the context that a stand-in is (`faults.planted`)."""
     if callable(backend):
         return backend()
     return emulated.cuda() if backend == "cuda" and EMULATED else ops.use_backend(backend)
 
 
-def generator(seed=0):
+def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def normal(*shape, seed=0, scale=1.0):
+def normal(*shape: int, seed: int = 0, scale: float = 1.0) -> torch.Tensor:
     return torch.randn(*shape, generator=generator(seed), dtype=torch.float64) * scale
 
 
-def positive(*shape, seed=0):
+def positive(*shape: int, seed: int = 0) -> torch.Tensor:
     """Weights from 0.05 to 1.05, float32."""
     return torch.rand(*shape, generator=generator(seed)) + 0.05
 
 
-def region_weights(b, r, n, seed=0, hard=False):
+def region_weights(b: int, r: int, n: int, seed: int = 0, hard: bool = False) -> torch.Tensor:
     """(B, R, N) weights, some of them zero, and some queries without any."""
     weights = torch.rand(b, r, n, generator=generator(seed))
     if hard:
@@ -90,7 +91,9 @@ def region_weights(b, r, n, seed=0, hard=False):
     return weights
 
 
-def attention_inputs(b, n, heads, d, p, length, r, seed=0):
+def attention_inputs(
+    b: int, n: int, heads: int, d: int, p: int, length: int, r: int, seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """query, key, value, and prompt ids with every prompt, repetitions and unused slots."""
     ids = torch.randint(-1, p, (b, r), generator=generator(seed), dtype=torch.int32)
     ids[:, 0] = seed % p
@@ -100,21 +103,23 @@ def attention_inputs(b, n, heads, d, p, length, r, seed=0):
     return query, key, value, ids
 
 
-def attention_examples(case, mode, seeds) -> Iterator[tuple[partial, list]]:
+def attention_examples(case: tuple[int, ...], mode: str, seeds: Iterable[int]) -> Iterator[tuple[partial, list]]:
     """(call, arguments) of a case of `ATTENTION` for each seed; seeds ten apart share no numbers."""
     for seed in seeds:
         weights = region_weights(case[0], case[6], case[1], seed=seed)
-        yield partial(ops.regional_attention, mode=mode), [*attention_inputs(*case, seed=seed), weights]
+        yield partial(ops.regional_attention, mode=mode), [*attention_inputs(*case[:7], seed=seed), weights]
 
 
-def place(value, dtype, where):
+def place(value: Any, dtype: torch.dtype, where: str) -> Any:
     """float64 tensors are the data: they take the dtype; all others keep theirs."""
     if not isinstance(value, torch.Tensor):
         return value
     return value.to(where, dtype if value.dtype == torch.float64 else value.dtype, copy=True)
 
 
-def run(backend, call, arguments, dtype, gradients=0):
+def run(
+    backend: str, call: Callable, arguments: Sequence[Any], dtype: torch.dtype, gradients: int = 0
+) -> list[torch.Tensor]:
     """call(*arguments) on a backend, as a list of CPU tensors: the results, then the gradients of the first inputs."""
     arguments = [place(value, dtype, device(backend)) for value in arguments]
     sources = [a.requires_grad_() for a in arguments[:gradients] if isinstance(a, torch.Tensor)]
@@ -127,16 +132,16 @@ def run(backend, call, arguments, dtype, gradients=0):
     return [r.detach().cpu() for r in results]
 
 
-def gradient(result, dtype):
+def gradient(result: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """What `run` takes as the gradient of a result."""
     return normal(*result.shape, seed=9).to(result.device, torch.float32).to(dtype)
 
 
-def largest(difference):
+def largest(difference: torch.Tensor) -> float:
     return difference.abs().max().item()
 
 
-def root_mean_square(difference):
+def root_mean_square(difference: torch.Tensor) -> float:
     return difference.square().mean().sqrt().item()
 
 
@@ -149,7 +154,14 @@ class Result(NamedTuple):
     bound: torch.Tensor | None
 
 
-def results(backend, call, arguments, dtype, gradients=0, attention=False) -> list[Result]:
+def results(
+    backend: str,
+    call: Any,
+    arguments: Sequence[Any],
+    dtype: torch.dtype,
+    gradients: int = 0,
+    attention: bool = False,
+) -> list[Result]:
     """What `run` gives on a backend beside what it should give, for inputs rounded to the dtype first."""
     rounded = [
         a.to(dtype).double() if isinstance(a, torch.Tensor) and a.dtype == torch.float64 else a for a in arguments
@@ -157,16 +169,23 @@ def results(backend, call, arguments, dtype, gradients=0, attention=False) -> li
     exact = run("reference", call, rounded, torch.float64, gradients)
     eager = run("reference", call, rounded, dtype, gradients)
     got = run(backend, call, rounded, dtype, gradients)
-    bound = [None] * len(exact)
+    bound: list[Any] = [None] * len(exact)
     if attention and dtype == torch.float32:
         grad = gradient(exact[0], dtype).double() if gradients else None
-        bound = bounds.attention(*rounded, grad, **call.keywords)
+        bound = bounds.attention(*rounded, grad=grad, **call.keywords)
     assert len(got) == len(exact) == len(bound)
     assert all(g.shape == x.shape and g.dtype == dtype for g, x in zip(got, exact))
     return list(map(Result, got, eager, exact, bound))
 
 
-def judge(backend, call, arguments, dtype, gradients=0, attention=False):
+def judge(
+    backend: str,
+    call: Callable,
+    arguments: Sequence[Any],
+    dtype: torch.dtype,
+    gradients: int = 0,
+    attention: bool = False,
+) -> list[torch.Tensor]:
     """Holds a backend to the error budget; returns its results.
 
     attention: the call is `functools.partial(ops.regional_attention, ...)` of exactly these arguments, whose first
@@ -180,7 +199,7 @@ def judge(backend, call, arguments, dtype, gradients=0, attention=False):
     return [result.got for result in found]
 
 
-def judge_pooled(backend, case, mode, seeds=16):
+def judge_pooled(backend: str, case: tuple[int, ...], mode: str, seeds: int = 16) -> None:
     """Holds the root mean square of a float32 attention case over many seeds to the budget, forward and backward."""
     examples = attention_examples(case, mode, range(0, 10 * seeds, 10))
     found = [results(backend, *example, torch.float32, 3, attention=True) for example in examples]
@@ -198,7 +217,7 @@ def _hold(what, result, measure, factor, unit):
     assert error <= max(factor * usual, least), f"{what}: {told}"
 
 
-def deviation(result, exact, measure=largest):
+def deviation(result: torch.Tensor, exact: torch.Tensor, measure: Callable[[torch.Tensor], float] = largest) -> float:
     """How far the two are apart where the exact result is finite; elsewhere they must agree."""
     finite = exact.to(result.dtype).isfinite()
     torch.testing.assert_close(result[~finite], exact[~finite].to(result.dtype), rtol=0, atol=0, equal_nan=True)

@@ -6,6 +6,8 @@ writes memory which was there before the capture and has been freed since: a gra
 """
 
 import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
 from unittest import mock
 
 import torch
@@ -42,9 +44,11 @@ class Recorded(TorchDispatchMode):
 
     active = False
 
-    def __init__(self, function, pool):
+    def __init__(self, function: Callable, pool: Any):
         super().__init__()
-        self.operations, self.written, self.own = [], {}, {}
+        self.operations: list[tuple] = []
+        self.written: dict[int, tuple] = {}
+        self.own: dict[int, torch.UntypedStorage] = {}
         Recorded.active = True
         try:
             with self:
@@ -79,7 +83,7 @@ class Recorded(TorchDispatchMode):
                 yield place, new
 
     @torch.no_grad()
-    def replay(self):
+    def replay(self) -> None:
         for func, args, kwargs, result in self.operations:
             args, kwargs = tree_map_only(_Place, _Place.tensor, (args, kwargs))
             for place, new in self._fresh(func, func(*args, **kwargs), result):
@@ -87,9 +91,10 @@ class Recorded(TorchDispatchMode):
 
 
 @contextlib.contextmanager
-def recording():
+def recording() -> Iterator[list[Recorded]]:
     """Graphs on the CPU, whose latents may be captured too; gives the list of those that were made."""
-    made, tracing = [], validation.tracing
+    made: list[Recorded] = []
+    tracing = validation.tracing
 
     def capture(function, pool):
         made.append(Recorded(function, pool))
