@@ -9,6 +9,7 @@ import contextlib
 import copy
 import functools
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -142,7 +143,15 @@ class WindowPlan:
         return type(self), (self.height, self.width, self.window, self.origins, self.wrap)
 
     @classmethod
-    def minimum_coverage(cls, height, width, window=64, *, wrap=(False, False), shift=(0, 0)) -> WindowPlan:
+    def minimum_coverage(
+        cls,
+        height: int,
+        width: int,
+        window: int | tuple[int, int] = 64,
+        *,
+        wrap: bool | tuple[bool, bool] = (False, False),
+        shift: int | tuple[int, int] = (0, 0),
+    ) -> WindowPlan:
         """The fewest windows that cover the canvas: ceil(height / h) * ceil(width / w) (InstantAS, minimum coverage).
 
         An axis not longer than the window has one window, of the axis's length. Otherwise the windows keep their native
@@ -159,7 +168,15 @@ class WindowPlan:
         return cls.grid(height, width, (h, w), ys, xs, wrap=wrap)
 
     @classmethod
-    def strided(cls, height, width, window=64, stride=8, *, wrap=(False, False)) -> WindowPlan:
+    def strided(
+        cls,
+        height: int,
+        width: int,
+        window: int | tuple[int, int] = 64,
+        stride: int | tuple[int, int] = 8,
+        *,
+        wrap: bool | tuple[bool, bool] = (False, False),
+    ) -> WindowPlan:
         """A window at every multiple of the stride (MultiDiffusion), the last one flush with the edge.
 
         Args:
@@ -177,10 +194,20 @@ class WindowPlan:
         return cls.grid(height, width, (h, w), ys, xs, wrap=wrap)
 
     @classmethod
-    def grid(cls, height, width, window, ys, xs, *, wrap=(False, False)) -> WindowPlan:
+    def grid(
+        cls,
+        height: int,
+        width: int,
+        window: int | tuple[int, int],
+        ys: Sequence[int] | np.ndarray,
+        xs: Sequence[int] | np.ndarray,
+        *,
+        wrap: bool | tuple[bool, bool] = (False, False),
+    ) -> WindowPlan:
         """A window at every (y, x) of ys times xs, row by row."""
         ys, xs = np.asarray(ys), np.asarray(xs)
-        return cls(height, width, window, np.stack([np.repeat(ys, len(xs)), np.tile(xs, len(ys))], axis=1), wrap)
+        origins = np.stack([np.repeat(ys, len(xs)), np.tile(xs, len(ys))], axis=1)
+        return cls(height, width, window, origins, wrap)  # type: ignore[arg-type]  # pairs when it exists
 
     @property
     def lower_bound(self) -> int:
@@ -286,14 +313,14 @@ class _Axis(NamedTuple):
         which: (n,), which of them each window has.
         inside: bool, (places, origins), over which places of those where coverage changes their windows lie.
         touches: bool, (origins, tiles), which tiles their windows touch.
-        tile, count, first: the tiles that they touch, origin by origin; how many each does, and where its first is.
+        tile, reach, first: the tiles that they touch, origin by origin; how many each does, and where its first is.
     """
 
     which: np.ndarray
     inside: np.ndarray
     touches: np.ndarray
     tile: np.ndarray
-    count: np.ndarray
+    reach: np.ndarray
     first: np.ndarray
 
 
@@ -305,13 +332,13 @@ def _axis(length: int, window: int, tile: int, origins: bytes) -> _Axis:
     begin = np.arange(0, length, tile)
     after = (values[:, None] - begin) % length  # cells from a tile's beginning to a window's
     touches = (after < np.minimum(tile, length - begin)) | (length - after < window)
-    count = touches.sum(1)
-    return _Axis(which, inside, touches, np.nonzero(touches)[1], count, count.cumsum() - count)
+    reach = touches.sum(1)
+    return _Axis(which, inside, touches, np.nonzero(touches)[1], reach, reach.cumsum() - reach)
 
 
 def _leaves_holes(rows: _Axis, columns: _Axis) -> bool:
     """Whether a plan's coverage has a 0, without laying out the canvas."""
-    there = np.zeros((len(rows.count), len(columns.count)), dtype=bool)
+    there = np.zeros((len(rows.reach), len(columns.reach)), dtype=bool)
     there[rows.which, columns.which] = True
     if there.all():  # a grid: each axis by itself
         return not (rows.inside.any(1).all() and columns.inside.any(1).all())
@@ -324,12 +351,12 @@ def _covering_windows(rows: _Axis, columns: _Axis) -> tuple[np.ndarray, np.ndarr
     # join, per window, its tile rows with its tile columns; then sort by tile, keeping windows ascending
     window, down = np.nonzero(rows.touches[rows.which])
     which = columns.which[window]
-    count = columns.count[which]
-    pairs = count.cumsum()
-    across = columns.tile[np.arange(pairs[-1]) + np.repeat(columns.first[which] - pairs + count, count)]
-    tile = np.repeat(down * columns.touches.shape[1], count) + across
+    reach = columns.reach[which]
+    pairs = reach.cumsum()
+    across = columns.tile[np.arange(pairs[-1]) + np.repeat(columns.first[which] - pairs + reach, reach)]
+    tile = np.repeat(down * columns.touches.shape[1], reach) + across
     start = np.bincount(tile + 1, minlength=rows.touches.shape[1] * columns.touches.shape[1] + 1).cumsum()
-    return start, np.repeat(window, count)[np.argsort(tile, kind="stable")]
+    return start, np.repeat(window, reach)[np.argsort(tile, kind="stable")]
 
 
 def _axis_weight(kind: str, length: int) -> torch.Tensor:

@@ -53,7 +53,9 @@ class StepGraphs:
         self.advance, self.state, self.steps = advance, None, steps
         self.kinds = [_kind(step, phase) for step in steps]
         self.several = {kind for kind, n in Counter(self.kinds).items() if kind and n > 2}
-        self.rows, self.graphs, self.pool = {}, {}, None
+        self.rows: dict[tuple, _Rows] = {}
+        self.graphs: dict[tuple, CudaGraph] = {}
+        self.pool = None
 
     @torch.no_grad()
     def __call__(self, state, step):
