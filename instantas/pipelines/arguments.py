@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from diffusers import (
@@ -40,12 +41,12 @@ INSTEAD = {
 }
 
 
-def is_xl(pipe) -> bool:
+def is_xl(pipe: Any) -> bool:
     """Whether the UNet takes SDXL's pooled embeddings and time ids."""
     return pipe.unet.config.addition_embed_type == "text_time"
 
 
-def check_pipeline(pipe, *, whole: bool) -> None:
+def check_pipeline(pipe: Any, *, whole: bool) -> None:
     """Refuse pipelines of other kinds.
 
     Args:
@@ -75,7 +76,7 @@ def check_pipeline(pipe, *, whole: bool) -> None:
         raise TypeError(f"pipe: expected a UNet of prompts and IP-Adapters, got {config.encoder_hid_dim_type}")
 
 
-def check_scheduler(scheduler) -> None:
+def check_scheduler(scheduler: Any) -> None:
     """Refuse a scheduler of flow matching, as the models predict noise or velocity of a noise schedule."""
     prediction = getattr(getattr(scheduler, "config", None), "prediction_type", None)
     if isinstance(scheduler, FLOWS) or prediction == "flow_prediction":
@@ -85,7 +86,7 @@ def check_scheduler(scheduler) -> None:
         )
 
 
-def check_choices(output_type, region_mode, copies, cross_attention_kwargs) -> None:
+def check_choices(output_type: Any, region_mode: Any, copies: Any, cross_attention_kwargs: Any) -> None:
     """Refuse values that are none of those to choose from."""
     if output_type not in OUTPUT_TYPES:
         raise ValueError(f"output_type: expected one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
@@ -96,7 +97,7 @@ def check_choices(output_type, region_mode, copies, cross_attention_kwargs) -> N
         raise TypeError(f"cross_attention_kwargs: expected a dictionary, got {type(cross_attention_kwargs).__name__}")
 
 
-def check_names(unknown: dict, height) -> None:
+def check_names(unknown: dict, height: Any) -> None:
     """Refuse arguments that a call does not have, saying what stands in the place of diffusers' former ones."""
     for name in unknown:
         if name in INSTEAD:
@@ -106,7 +107,7 @@ def check_names(unknown: dict, height) -> None:
         raise TypeError("height: expected a positive whole number of pixels, got a picture; give it by name: image=...")
 
 
-def check_callback(callback, names: Sequence[str], known: Sequence[str]) -> None:
+def check_callback(callback: Any, names: Sequence[str], known: Sequence[str]) -> None:
     """Refuse a callback that cannot be called as diffusers' are, or asks for tensors that there are none of."""
     if unknown := [name for name in names if name not in known]:
         raise ValueError(f"callback_on_step_end_tensor_inputs: expected some of {', '.join(known)}, got {unknown}")
@@ -124,7 +125,7 @@ def check_callback(callback, names: Sequence[str], known: Sequence[str]) -> None
         pass
 
 
-def check_texts(pipe, texts: dict) -> None:
+def check_texts(pipe: Any, texts: dict) -> None:
     """Refuse prompts and embeddings of a call that do not go together.
 
     Args:
@@ -187,14 +188,14 @@ def _check_counts(pipe, texts):
         )
 
 
-def check_encoders(pipe, texts: dict, guided: bool, clip_skip) -> None:
+def check_encoders(pipe: Any, texts: dict, guided: bool, clip_skip: Any) -> None:
     """Refuse what the text encoders cannot embed.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
-    encoders = [getattr(pipe, name, None) for name in ("text_encoder", "text_encoder_2")]
-    encoders = [encoder for encoder in encoders if encoder is not None]
+    found = [getattr(pipe, name, None) for name in ("text_encoder", "text_encoder_2")]
+    encoders: list[Any] = [encoder for encoder in found if encoder is not None]
     if clip_skip is not None:
         integer("clip_skip", clip_skip, 0)
         layers = min((encoder.config.num_hidden_layers for encoder in encoders), default=0) - is_xl(pipe)
@@ -214,7 +215,7 @@ def check_encoders(pipe, texts: dict, guided: bool, clip_skip) -> None:
         )
 
 
-def check_latents(latents, shape: tuple[int, ...], sigma: float) -> None:
+def check_latents(latents: Any, shape: tuple[int, ...], sigma: float) -> None:
     """Refuse latents that are no noise of that shape; warn of noise that has the scheduler's scale already.
 
     Args:

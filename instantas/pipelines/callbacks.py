@@ -90,7 +90,10 @@ class StepEnd:
         self.denoisers, self.regions, self.plan, self.constant = denoisers, regions, plan, constant
         self.pictures = len(denoisers[0].prompts.embeds)
         self.default_device = default_device
-        self.tensors, self.denoised, self._scale, self._guidance = {}, None, None, None
+        self.tensors: dict[str, Any] = {}
+        self.denoised: torch.Tensor | None = None
+        self._scale: float | None = None
+        self._guidance: float | torch.Tensor | None = None
         self.known = pipe.pipe._callback_tensor_inputs
         self.begun_with = pipe.guidance_scale, pipe.guidance_rescale
 

@@ -42,7 +42,7 @@ def decode(
         rims = [HALO if wraps and not (tiled and n > TILE) else 0 for wraps, n in zip(wrap, (height, width))]
         rows, columns = (torch.arange(-r, n + r, device=latents.device) % n for r, n in zip(rims, (height, width)))
         latents = latents[:, :, rows[:, None], columns] if any(rims) else latents
-        wrap = tuple(wraps and not rim for wraps, rim in zip(wrap, rims))
+        wrap = wrap[0] and not rims[0], wrap[1] and not rims[1]
         images = torch.cat(
             [
                 _in_tiles(vae, picture, wrap, source) if tiled else _decoded(vae, picture, source)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -28,7 +28,8 @@ class Prompts:
     negative_pooled: torch.Tensor | None = None
 
     def to(self, dtype: torch.dtype) -> Prompts:
-        return Prompts(*(t if t is None else t.to(dtype) for t in (getattr(self, f.name) for f in fields(self))))
+        changed: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Prompts(**{name: t if t is None else t.to(dtype) for name, t in changed.items()})
 
 
 def embed(
@@ -186,7 +187,7 @@ class MicroConditions:
     def placed(self, y: torch.Tensor, x: torch.Tensor, window: Sequence[int], *, whole: bool = False) -> torch.Tensor:
         """(m, 6) int64 of windows of a size in pixels at (y, x), int64 (m,); `whole`: each sees all, in strides."""
         # padding to whole cells is no part of the picture
-        window = [min(inside, outside) for inside, outside in zip(window, self.canvas)]
+        window = min(window[0], self.canvas[0]), min(window[1], self.canvas[1])
         original = self.canvas
         if whole:
             original, y, x = window, torch.zeros_like(y), torch.zeros_like(x)
@@ -202,7 +203,8 @@ def micro_conditions(pipe: Any, canvas: tuple[int, int], given: tuple, negative:
         ValueError: for conditions given to another model.
     """
     if is_xl(pipe):
-        return MicroConditions(canvas, *given, MicroConditions(canvas, *negative) if None not in negative[:2] else None)
+        opposite = MicroConditions(canvas, *negative) if None not in negative[:2] else None
+        return replace(MicroConditions(canvas, *given), negative=opposite)
     if any(value not in (None, (0, 0)) for value in (*given, *negative)):
         raise ValueError(f"original_size: expected no SDXL conditions for another model, got {given}, {negative}")
     return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +37,7 @@ class WindowDenoiser:
 
     def __init__(
         self,
-        pipe,
+        pipe: Any,
         prompts: Prompts,
         cell: int,
         *,

@@ -100,7 +100,8 @@ class HeldPipeline(RunSettings):
             if stride is not None:
                 raise ValueError(f"stride: expected None, as only multidiffusion has one, got {stride!r}")
             return WindowPlan.minimum_coverage(*self.canvas(height, width), self.window, wrap=wrap)
-        strides = tuple(max(1, side // 8) for side in self.window) if stride is None else stride
+        h, w = self.window
+        strides = (max(1, h // 8), max(1, w // 8)) if stride is None else stride
         return WindowPlan.strided(*self.canvas(height, width), self.window, strides, wrap=wrap)
 
     def _size(self, height, width, wrap):

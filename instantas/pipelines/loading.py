@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from diffusers import (
     AutoPipelineForText2Image,
@@ -21,7 +22,7 @@ DEFAULTS_FILE = "instantas.json"
 CHECKPOINTS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 
 
-def load(model: str | os.PathLike, **settings) -> tuple[DiffusionPipeline, dict]:
+def load(model: str | os.PathLike, **settings: Any) -> tuple[DiffusionPipeline, dict]:
     """A diffusers pipeline, and the model's own defaults.
 
     Args:

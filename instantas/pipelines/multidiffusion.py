@@ -51,7 +51,7 @@ class RegionDenoiser:
         shares = self.regions.windows_at(context.plan, lists, context.origins, progress)
         shares = (shares / shares.sum(1, keepdim=True)).to(windows.dtype)[:, :, None]
         surroundings = self._surroundings(windows, context)
-        total = None
+        total: Any = None
         for slot, denoiser in enumerate(self.denoisers):
             share = shares[:, slot]
             given = windows

@@ -325,7 +325,7 @@ class InstantASPipeline(HeldPipeline):
     def _denoiser(self, method, prompts, conditions, region_map, region_mode, noise, generator, how) -> Iterator:
         """The denoiser of a run: the UNet's, with regional prompts installed on it, or MultiDiffusion's of regions."""
         pipe = self.pipe
-        make = functools.partial(WindowDenoiser, pipe, cell=self.cell, **conditions)
+        make: Any = functools.partial(WindowDenoiser, pipe, cell=self.cell, **conditions)
         if region_map is None:
             yield make(prompts)
         elif method == "multidiffusion":

@@ -6,6 +6,7 @@ import contextlib
 import threading
 import weakref
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -14,7 +15,7 @@ _guard = threading.Lock()
 
 
 @contextlib.contextmanager
-def turn(*parts) -> Iterator[None]:
+def turn(*parts: Any) -> Iterator[None]:
     """Waits until no other thread has a turn with one of the parts; the thread that has it may enter again.
 
     A run sets the scheduler's timesteps and the network's processors.
@@ -23,11 +24,11 @@ def turn(*parts) -> Iterator[None]:
         parts: objects that a run changes, such as a network and a scheduler. Of several, none is waited for while one
             that comes later in an order common to all threads is held.
     """
-    parts = {id(part): part for part in parts if part is not None}
+    wanted = {id(part): part for part in parts if part is not None}
     with contextlib.ExitStack() as stack:
-        for number in sorted(parts):
+        for number in sorted(wanted):
             with _guard:
-                lock = _locks.setdefault(parts[number], threading.RLock())
+                lock = _locks.setdefault(wanted[number], threading.RLock())
             stack.enter_context(lock)
         yield
 

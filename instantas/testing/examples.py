@@ -23,11 +23,11 @@ def plan_of(draw: random.Random) -> WindowPlan:
     height = draw.choice([draw.randint(1, 8), draw.randint(1, 16)])
     width = draw.randint(-(-250 // height), max(-(-250 // height), 56))
     wrap = draw.random() < 0.3, draw.random() < 0.3
-    window = [draw.randint(-(-size // 2), size + 2) for size in (height, width)]
+    window = draw.randint(-(-height // 2), height + 2), draw.randint(-(-width // 2), width + 2)
     if draw.random() < 0.7:
-        shift = tuple(draw.randint(-9, 9) * wraps for wraps in wrap)
+        shift = draw.randint(-9, 9) * wrap[0], draw.randint(-9, 9) * wrap[1]
         return WindowPlan.minimum_coverage(height, width, window, wrap=wrap, shift=shift)
-    stride = [draw.randint(-(-2 * size // 3), size) for size in window]
+    stride = draw.randint(-(-2 * window[0] // 3), window[0]), draw.randint(-(-2 * window[1] // 3), window[1])
     return WindowPlan.strided(height, width, window, stride, wrap=wrap)
 
 
@@ -62,8 +62,8 @@ def step(draw: random.Random) -> Example:
             cond, uncond, sample, plan, coefficients, guidance, weight=weight, history=history, keep=keep
         )
 
-    uncond, history = draw.choice([uncond, None]), history if k else None
-    return call, [cond, uncond, sample, history, weight_of(draw, plan), guidance]
+    either, kept = draw.choice([uncond, None]), history if k else None
+    return call, [cond, either, sample, kept, weight_of(draw, plan), guidance]
 
 
 def attention(draw: random.Random) -> Example:

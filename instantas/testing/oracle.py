@@ -106,8 +106,12 @@ def attention_inputs(
 def attention_examples(case: tuple[int, ...], mode: str, seeds: Iterable[int]) -> Iterator[tuple[partial, list]]:
     """(call, arguments) of a case of `ATTENTION` for each seed; seeds ten apart share no numbers."""
     for seed in seeds:
-        weights = region_weights(case[0], case[6], case[1], seed=seed)
-        yield partial(ops.regional_attention, mode=mode), [*attention_inputs(*case[:7], seed=seed), weights]
+        b, n, heads, d, p, length, r = case
+        weights = region_weights(b, r, n, seed=seed)
+        yield (
+            partial(ops.regional_attention, mode=mode),
+            [*attention_inputs(b, n, heads, d, p, length, r, seed), weights],
+        )
 
 
 def place(value: Any, dtype: torch.dtype, where: str) -> Any:
@@ -172,7 +176,7 @@ def results(
     bound: list[Any] = [None] * len(exact)
     if attention and dtype == torch.float32:
         grad = gradient(exact[0], dtype).double() if gradients else None
-        bound = bounds.attention(*rounded, grad=grad, **call.keywords)
+        bound = bounds.attention(*rounded, grad, **call.keywords)  # type: ignore[misc]
     assert len(got) == len(exact) == len(bound)
     assert all(g.shape == x.shape and g.dtype == dtype for g, x in zip(got, exact))
     return list(map(Result, got, eager, exact, bound))
@@ -203,8 +207,8 @@ def judge_pooled(backend: str, case: tuple[int, ...], mode: str, seeds: int = 16
     """Holds the root mean square of a float32 attention case over many seeds to the budget, forward and backward."""
     examples = attention_examples(case, mode, range(0, 10 * seeds, 10))
     found = [results(backend, *example, torch.float32, 3, attention=True) for example in examples]
-    for i, seeds in enumerate(zip(*found)):
-        pooled = Result(*(torch.cat([t.flatten() for t in tensors]) for tensors in zip(*seeds)))
+    for i, each in enumerate(zip(*found)):
+        pooled = Result(*(torch.cat([t.flatten() for t in tensors]) for tensors in zip(*each)))
         _hold(f"result {i} of {backend}, {case}, {mode}, pooled", pooled, root_mean_square, 2, bounds.U / 2)
 
 
