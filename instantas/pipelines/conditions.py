@@ -28,8 +28,9 @@ class Prompts:
     negative_pooled: torch.Tensor | None = None
 
     def to(self, dtype: torch.dtype) -> Prompts:
-        changed: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Prompts(**{name: t if t is None else t.to(dtype) for name, t in changed.items()})
+        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+        converted: dict[str, Any] = {name: t if t is None else t.to(dtype) for name, t in tensors.items()}
+        return Prompts(**converted)
 
 
 def embed(

@@ -176,7 +176,8 @@ def results(
     bound: list[Any] = [None] * len(exact)
     if attention and dtype == torch.float32:
         grad = gradient(exact[0], dtype).double() if gradients else None
-        bound = bounds.attention(*rounded, grad, **call.keywords)  # type: ignore[misc]
+        query, key, value, ids, weights = rounded
+        bound = bounds.attention(query, key, value, ids, weights, grad, **call.keywords)
     assert len(got) == len(exact) == len(bound)
     assert all(g.shape == x.shape and g.dtype == dtype for g, x in zip(got, exact))
     return list(map(Result, got, eager, exact, bound))
