@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -20,12 +20,13 @@ from instantas.testing import interpreted
 interpreted.prepare()
 
 from bench.gpu_checks import Check, failures  # noqa: E402
+from instantas.ops.backend import Backend  # noqa: E402
 from instantas.testing import faults, oracle  # noqa: E402
 
 MODES = "blend", "joint"
 
 
-def grid(backend: str | Callable, dtype: torch.dtype, seeds: int, fault: str | None = None) -> Iterator[Check]:
+def grid(backend: str | Backend, dtype: torch.dtype, seeds: int, fault: str | None = None) -> Iterator[Check]:
     """(name, check) of each case, mode and seed, forward and backward; of the cases in which the fault shows."""
     for case, mode in itertools.product(oracle.ATTENTION, MODES):
         examples = oracle.attention_examples(case, mode, range(0, 10 * seeds, 10))

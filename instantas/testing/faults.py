@@ -8,47 +8,64 @@ The stand-in is the eager reference, wrong in one of its two operations. Each fa
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 from unittest import mock
 
 import torch
+from torch.nn.functional import pad
 
-from instantas.ops import reference, registration
+from instantas.ops import reference
+from instantas.ops.backend import BACKENDS, Backend
 
 OPERATIONS = "regional_attention", "regional_attention_backward"
 
 
-def _right(*arguments):
+def _same(*arguments):
     return arguments
 
 
-def _token_dropped(query, key, value, ids, weights, scale):
-    """The last one, as by a loop over tokens that ends too early."""
+class Fault(NamedTuple):
+    """What a wrong operation takes in place of (query, key, value, ids, weights, scale), and gives back for it."""
+
+    instead: Callable = _same
+    gradients: Callable = _same  # of query, key and value, from those of what was taken in their place
+
+
+def _last_token_missing(query, key, value, ids, weights, scale):
     return query, key[:, :-1], value[:, :-1], ids, weights, scale
 
 
-def _scale_missing(query, key, value, ids, weights, scale):
-    return query, key, value, ids, weights, 1.0
+def _last_token_zero(*gradients):
+    query, *bank = gradients
+    return query, *(pad(rows, (0, 0, 0, 0, 0, 1)) for rows in bank)
 
 
-def _neighbours_region(query, key, value, ids, weights, scale):
-    """Each region takes the weights of the one before it."""
+def _unscaled(*arguments):
+    return *arguments[:-1], 1.0
+
+
+def _weights_of_the_region_before(query, key, value, ids, weights, scale):
     return query, key, value, ids, weights.roll(1, dims=1), scale
 
 
-def _row_shifted(query, key, value, ids, weights, scale):
-    """Each query is read one row off."""
-    return query.roll(1, dims=1), key, value, ids, weights, scale
+def _row_before(query, *rest):
+    return query.roll(1, dims=1), *rest
+
+
+def _row_after(query, *rest):
+    return query.roll(-1, dims=1), *rest
 
 
 HALF = "half-precision accumulation"
 FAULTS = {
-    "a token dropped": _token_dropped,
-    HALF: _right,  # its sums are wrong, see `planted`
-    "a missing scale": _scale_missing,
-    "a neighbour's region": _neighbours_region,
-    "a row shifted": _row_shifted,
+    "a token dropped": Fault(_last_token_missing, _last_token_zero),
+    HALF: Fault(),  # its sums are wrong, see `_sums`
+    "a missing scale": Fault(_unscaled),
+    "a neighbour's region": Fault(_weights_of_the_region_before),
+    "a row shifted": Fault(_row_before, _row_after),
 }
 
 
@@ -60,26 +77,23 @@ def shows(fault: str, case: tuple[int, ...]) -> bool:
     return tokens > 1 and {"a missing scale": size > 1, "a row shifted": queries > 1}.get(fault, True)
 
 
-def planted(fault: str | None, operation: str = OPERATIONS[0]) -> Callable:
-    """What `oracle.run` takes for a backend: the reference, with a fault in one of `OPERATIONS`; None: without any."""
+def planted(fault: str | None, operation: str = OPERATIONS[0]) -> Backend:
+    """A stand-in backend: the reference, with a fault in one of `OPERATIONS`; None: without any."""
+    functions = {name: of(fault if name == operation else None) for name, of in _OPERATIONS.items()}
+    return stand_in(f"{operation} with {fault or 'no fault'}", functions)
 
-    def choose(name, tensor):
-        return _OPERATIONS[name](fault if name == operation else None)
 
-    @contextlib.contextmanager
-    def stand_in():
-        with mock.patch.object(registration, "implementation", choose):
-            yield
-
-    stand_in.__name__ = f"{operation} with {fault or 'no fault'}"
-    return stand_in
+def stand_in(name: str, functions: Mapping[str, Callable]) -> Backend:
+    """The reference, with other functions for some operations."""
+    right = BACKENDS["reference"]
+    return dataclasses.replace(right, name=name, functions=lambda: {**right.functions(), **functions})
 
 
 def _forward(fault):
-    tamper = FAULTS.get(fault, _right)
+    instead, _ = FAULTS.get(fault, Fault())
 
     def run(query, key, value, ids, weights, joint, scale):
-        *tensors, scale = tamper(query, key, value, ids, weights, scale)
+        *tensors, scale = instead(query, key, value, ids, weights, scale)
         with _sums(fault, query.dtype):
             return reference.regional_attention(*tensors, mode=_mode(joint), scale=scale).contiguous()
 
@@ -87,15 +101,13 @@ def _forward(fault):
 
 
 def _backward(fault):
-    tamper = FAULTS.get(fault, _right)
+    instead, gradients = FAULTS.get(fault, Fault())
 
     def run(grad, query, key, value, ids, weights, joint, scale):
-        sources = [t.detach().requires_grad_() for t in (query, key, value)]
-        with torch.enable_grad():
-            *tensors, scale = tamper(*sources, ids, weights, scale)
-        with _sums(fault, query.dtype), torch.no_grad():
-            grads = reference.regional_attention_backward(grad, *tensors, mode=_mode(joint), scale=scale)
-        return tuple(g.contiguous() for g in torch.autograd.grad(tensors[:3], sources, grads))
+        *tensors, scale = instead(query, key, value, ids, weights, scale)
+        with _sums(fault, query.dtype):
+            found = reference.regional_attention_backward(grad, *tensors, mode=_mode(joint), scale=scale)
+        return tuple(gradient.contiguous() for gradient in gradients(*found))
 
     return run
 

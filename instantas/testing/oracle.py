@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 from instantas import ops
+from instantas.ops.backend import Backend
 from instantas.testing import bounds, emulated
 from instantas.windows import WindowPlan
 
@@ -56,15 +57,13 @@ ATTENTION = [
 ]
 
 
-def device(backend: str) -> str:
+def device(backend: str | Backend) -> str:
     """Where a backend's tensors live."""
     return "cuda" if backend in ("triton", "cuda") and GPU else "cpu"
 
 
-def use_backend(backend: str) -> AbstractContextManager[None]:
-    """`ops.use_backend`, or the emulation, or the context that a stand-in is (`faults.planted`)."""
-    if callable(backend):
-        return backend()
+def use_backend(backend: str | Backend) -> AbstractContextManager[None]:
+    """`ops.use_backend`, or the emulation."""
     return emulated.cuda() if backend == "cuda" and EMULATED else ops.use_backend(backend)
 
 
@@ -122,7 +121,7 @@ def place(value: Any, dtype: torch.dtype, where: str) -> Any:
 
 
 def run(
-    backend: str, call: Callable, arguments: Sequence[Any], dtype: torch.dtype, gradients: int = 0
+    backend: str | Backend, call: Callable, arguments: Sequence[Any], dtype: torch.dtype, gradients: int = 0
 ) -> list[torch.Tensor]:
     """call(*arguments) on a backend, as a list of CPU tensors: the results, then the gradients of the first inputs."""
     arguments = [place(value, dtype, device(backend)) for value in arguments]
@@ -159,7 +158,7 @@ class Result(NamedTuple):
 
 
 def results(
-    backend: str,
+    backend: str | Backend,
     call: Any,
     arguments: Sequence[Any],
     dtype: torch.dtype,
@@ -184,7 +183,7 @@ def results(
 
 
 def judge(
-    backend: str,
+    backend: str | Backend,
     call: Callable,
     arguments: Sequence[Any],
     dtype: torch.dtype,
@@ -198,19 +197,24 @@ def judge(
     """
     found = results(backend, call, arguments, dtype, gradients, attention)
     for i, result in enumerate(found):
-        what = f"result {i} of {backend}, {dtype}"
+        what = f"result {i} of {_name(backend)}, {dtype}"
         _hold(what, result, root_mean_square, 2, bounds.U)
         _hold(what, result, largest, 3 if attention and dtype == torch.float32 else 2, bounds.U)
     return [result.got for result in found]
 
 
-def judge_pooled(backend: str, case: tuple[int, ...], mode: str, seeds: int = 16) -> None:
+def judge_pooled(backend: str | Backend, case: tuple[int, ...], mode: str, seeds: int = 16) -> None:
     """Holds the root mean square of a float32 attention case over many seeds to the budget, forward and backward."""
     examples = attention_examples(case, mode, range(0, 10 * seeds, 10))
     found = [results(backend, *example, torch.float32, 3, attention=True) for example in examples]
     for i, each in enumerate(zip(*found)):
         pooled = Result(*(torch.cat([t.flatten() for t in tensors]) for tensors in zip(*each)))
-        _hold(f"result {i} of {backend}, {case}, {mode}, pooled", pooled, root_mean_square, 2, bounds.U / 2)
+        what = f"result {i} of {_name(backend)}, {case}, {mode}, pooled"
+        _hold(what, pooled, root_mean_square, 2, bounds.U / 2)
+
+
+def _name(backend):
+    return backend if isinstance(backend, str) else backend.name
 
 
 def _hold(what, result, measure, factor, unit):

@@ -28,7 +28,7 @@ def test_counts(capsys):
 
 
 def test_a_fault_that_is_missed_fails_the_run(capsys, monkeypatch):
-    monkeypatch.setitem(faults.FAULTS, "a token dropped", faults._right)
+    monkeypatch.setitem(faults.FAULTS, "a token dropped", faults.Fault())
     assert budget.main(["--seeds", "1", "--backends"]) == 1
     assert "a token dropped in regional_attention, float16: caught in 0 of 4 cases" in capsys.readouterr().out
 

@@ -1,13 +1,10 @@
 """The error budget of attention: its bounds, that it holds over many seeds, and that it refuses every planted fault."""
 
-import contextlib
-from unittest import mock
-
 import pytest
 import torch
 
 from bench import budget
-from instantas.ops import reference, registration
+from instantas.ops import reference
 from instantas.testing import bounds, faults, oracle
 
 FEW = (1, 2, 1, 256, 1, 20, 1)  # two queries: their error beside the reference's is luck
@@ -44,14 +41,7 @@ def off_by(share):
         right = reference.regional_attention(*inputs, mode="joint" if joint else "blend", scale=scale)
         return (right + share * bounds.U * bound).to(query.dtype)
 
-    @contextlib.contextmanager
-    def stand_in():
-        right = registration.implementation
-        choose = lambda name, tensor: forward if name == "regional_attention" else right(name, tensor)  # noqa: E731
-        with mock.patch.object(registration, "implementation", choose):
-            yield
-
-    return stand_in
+    return faults.stand_in(f"off by {share}", {"regional_attention": forward})
 
 
 def refused(judge, *arguments, **options) -> bool:
