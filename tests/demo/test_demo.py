@@ -101,7 +101,8 @@ def test_a_contact_sheet_has_a_row_for_each_material(tmp_path, capsys):
     assert materials.main([str(tmp_path / "sheet.png"), "--columns", "1"]) == 0
     from PIL import Image
 
-    assert Image.open(tmp_path / "sheet.png").size == (132, 132 * len(demo.MATERIALS))
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.size == (132, 132 * len(demo.MATERIALS))
     assert materials.main([str(tmp_path / "missing" / "sheet.png")]) == 2
     assert capsys.readouterr().err.startswith("path: expected an existing folder")
 
