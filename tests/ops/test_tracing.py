@@ -1,6 +1,7 @@
 """Operations where torch is in some mode: compiled, exported, traced, in inference mode; and what is differentiated."""
 
 import copy
+import functools
 import warnings
 
 import numpy as np
@@ -42,7 +43,9 @@ def attention_tensors(dtype=torch.float32):
     return [t.to(dtype) for t in attention_inputs(2, 3, 2, 4, 2, 3, 2)[:3]]
 
 
-WANTED = smooth(CANVAS, fresh_plan())
+@functools.cache
+def wanted():
+    return smooth(CANVAS, fresh_plan())
 
 
 def holds(plan):
@@ -50,7 +53,7 @@ def holds(plan):
     assert all(type(t) is torch.Tensor and t.device == CPU and not t.is_inference() for t in plan.tables(CPU))
     canvas = CANVAS.clone().requires_grad_()
     result = smooth(canvas, plan)
-    torch.testing.assert_close(result, WANTED)
+    torch.testing.assert_close(result, wanted())
     result.sum().backward()
     assert canvas.grad.isfinite().all()
     return True
@@ -91,7 +94,7 @@ TRACED = {
 def test_a_plan_not_used_before_is_traced(way):
     torch._dynamo.reset()
     step = Step()
-    torch.testing.assert_close(TRACED[way](step)(CANVAS), WANTED)
+    torch.testing.assert_close(TRACED[way](step)(CANVAS), wanted())
     assert holds(step.plan)
 
 
@@ -140,11 +143,11 @@ def test_fake_tensors_go_through_a_plan_used_before():
 @pytest.mark.parametrize("shape", [(), (4,)], ids=["shared", "each"])
 def test_a_weight_in_inference_mode(shape):
     plan = fresh_plan()
-    wanted = ops.scatter_windows(ops.gather_windows(CANVAS, plan) ** 2, plan, torch.ones(plan.window) / 2)
+    expected = ops.scatter_windows(ops.gather_windows(CANVAS, plan) ** 2, plan, torch.ones(plan.window) / 2)
     with torch.inference_mode():
         windows, weight = ops.gather_windows(CANVAS, plan) ** 2, torch.ones(*shape, *plan.window)
         for _ in range(2):
-            torch.testing.assert_close(ops.scatter_windows(windows, plan, weight), wanted)
+            torch.testing.assert_close(ops.scatter_windows(windows, plan, weight), expected)
         weight.zero_()  # which it does not tell
         with pytest.raises(ValueError, match="weight: expected some weight over every cell"):
             ops.scatter_windows(windows, plan, weight)
@@ -161,8 +164,8 @@ def test_compiled_in_inference_mode():
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     with torch.inference_mode():
         for canvas in (CANVAS, CANVAS.clone()):
-            torch.testing.assert_close(compiled(canvas), WANTED)
-    torch.testing.assert_close(compiled(CANVAS), WANTED)
+            torch.testing.assert_close(compiled(canvas), wanted())
+    torch.testing.assert_close(compiled(CANVAS), wanted())
     assert holds(step.plan)
 
 
@@ -289,8 +292,8 @@ def test_vmap_is_a_loop():
         torch.vmap(lambda x: smooth(x, plan))(many), torch.stack([smooth(x, plan) for x in many])
     )
     queries = torch.stack([query, query * 2])
-    wanted = torch.stack([attend(each, *bank, 0.5) for each in queries])
-    torch.testing.assert_close(torch.vmap(lambda x: attend(x, *bank, 0.5))(queries), wanted)
+    expected = torch.stack([attend(each, *bank, 0.5) for each in queries])
+    torch.testing.assert_close(torch.vmap(lambda x: attend(x, *bank, 0.5))(queries), expected)
 
 
 # Tensors without values, and plans with tables of their own
