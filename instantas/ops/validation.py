@@ -22,7 +22,7 @@ def tracing(tensor: torch.Tensor) -> bool:
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
         or tensor.is_meta
-        or type(tensor) not in (torch.Tensor, torch.nn.Parameter)
+        or type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
         or (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
     )
 

@@ -1,5 +1,8 @@
 """What pipelines and calls may be: schedules as diffusers has them, and errors before any evaluation."""
 
+import re
+import warnings
+
 import diffusers
 import pytest
 import torch
@@ -116,8 +119,9 @@ def test_a_schedule_that_divides_by_zero_is_refused(name):
                                           ("EulerDiscrete", dict(timestep_spacing="trailing")),
                                           ("DDIM", dict(prediction_type="v_prediction"))])  # fmt: skip
 def test_one_that_does_not_is_painted(name, config):
-    theirs = scheduled(name, **dict(rescale_betas_zero_snr=True, timestep_spacing="trailing") | config)
-    theirs.scheduler.register_to_config(**config)  # the pipeline sets clip_sample to False
+    zero = dict(rescale_betas_zero_snr=True, timestep_spacing="trailing", clip_sample=False) | config
+    theirs = scheduled(name, **{key: zero[key] for key in zero if key != "clip_sample"})
+    theirs.scheduler.register_to_config(clip_sample=zero["clip_sample"])  # a pipeline sets it to False
     got, wanted = both(theirs)
     assert torch.isfinite(wanted).all() and difference(got, wanted) < 1e-4
 
@@ -279,8 +283,12 @@ def test_latents_that_are_scaled_already_are_said_to_be(name):
     ours = InstantASPipeline.from_pipe(scheduled(name))
     noise = random(1, 4, 16, 16)
     ours.scheduler.set_timesteps(4)
-    with pytest.warns(UserWarning, match="latents: expected standard normal noise, got a standard deviation of 1[0-9]"):
-        paint(ours, latents=noise * ours.scheduler.init_noise_sigma)
+    with warnings.catch_warnings(record=True) as said:  # pytest.warns passes those of others on under our name
+        warnings.simplefilter("always")
+        paint(ours, latents=noise * float(ours.scheduler.init_noise_sigma))
+    ours_alone = [str(warning.message) for warning in said if warning.category is UserWarning]
+    assert len(ours_alone) == 1
+    assert re.match("latents: expected standard normal noise, got a standard deviation of 1[0-9]", ours_alone[0])
 
 
 @pytest.mark.filterwarnings("error:latents")

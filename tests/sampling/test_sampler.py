@@ -442,3 +442,18 @@ def test_what_is_wrong_is_said_before_any_evaluation(error, message, wrong):
     call = dict(denoiser=denoise, latents=LATENTS, plan=WIDE, scheduler=of("DDIM"), num_inference_steps=3) | wrong
     with pytest.raises(error, match="^" + re.escape(message)):
         sample(call.pop("denoiser"), call.pop("latents"), call.pop("plan"), call.pop("scheduler"), **call)
+
+
+class Marked(torch.Tensor):
+    """A tensor of a kind of its own that computes as any."""
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -1.0])
+def test_a_weight_of_a_kind_of_its_own_is_looked_at_too(value):
+    weight = torch.ones(WINDOW, WINDOW)
+    right = sample(pointwise, noise(WIDE), WIDE, of("DDIM"), num_inference_steps=2, weight=weight)
+    marked = sample(pointwise, noise(WIDE), WIDE, of("DDIM"), num_inference_steps=2, weight=weight.as_subclass(Marked))
+    assert torch.equal(right, marked.as_subclass(torch.Tensor))
+    weight[2, 3] = value
+    with pytest.raises(ValueError, match="weight: expected values >= 0"):
+        sample(pytest.fail, noise(WIDE), WIDE, of("DDIM"), num_inference_steps=2, weight=weight.as_subclass(Marked))
