@@ -151,9 +151,9 @@ def test_windows_see_their_part_of_the_regions(unet, text):
     windows = torch.randn(plan.count, 4, 16, 16, generator=torch.Generator().manual_seed(3))
     with regional(unet, text, regions) as prompts:
         prompts.base(text("stone"), text("the water"))
-        prompts.at(plan, rows)
+        prompts.set_windows(plan, rows)
         both = unet(windows.repeat(2, 1, 1, 1), 500, text("").repeat(2 * plan.count, 1, 1)).sample
-        prompts.at(plan, rows[1:3])
+        prompts.set_windows(plan, rows[1:3])
         some = unet(windows[1:3], 500, text("", "")).sample
     uncond, cond = both.chunk(2)
     assert error(some, cond[1:3]) < 1e-4
@@ -178,7 +178,7 @@ def watched(unet, inputs=None):
             return (inputs[len(seen)], *args[1:]), kwargs
 
     def remember(attn, args, kwargs, output):
-        seen.append((args[0].clone(), output.clone(), attn.processor.grid))
+        seen.append((args[0].clone(), output.clone(), kwargs["encoder_hidden_states"].grid))
 
     for attn in cross_attention(unet):
         hooks.append(attn.register_forward_pre_hook(replace, with_kwargs=True))
@@ -543,7 +543,7 @@ def test_bad_evaluations(unet, text, noise):
         with pytest.raises(ValueError, match="^encoder_hidden_states: expected 2 prompts, got 3"):
             unet(noise, 500, text("", "", ""))
         with pytest.raises(ValueError, match="^regions: expected a RegionMap, and base prompts set before"):
-            prompts.at(WindowPlan.minimum_coverage(16, 16, 16), torch.tensor([[0, 0]]))
+            prompts.set_windows(WindowPlan.minimum_coverage(16, 16, 16), torch.tensor([[0, 0]]))
     with regional(unet, text, [Region("grass", box=ALL)], classifier_free_guidance=None):
         with pytest.raises(ValueError, match=r"^sample: expected a batch \[uncond, cond\], got 1"):
             unet(noise[:1], 500, text(""))
@@ -555,7 +555,7 @@ def test_bad_evaluations(unet, text, noise):
             unet(noise, 500, text("", ""))
     with regional(unet, text, RegionMap([], 128, 128)) as prompts:
         prompts.base(text("grass"))
-        prompts.at(WindowPlan.minimum_coverage(16, 16, 16), torch.tensor([[0, 0]]))
+        prompts.set_windows(WindowPlan.minimum_coverage(16, 16, 16), torch.tensor([[0, 0]]))
         with pytest.raises(ValueError, match=r"^sample: expected 1 windows of \(16, 16\), or twice as many"):
             unet(noise[:, :, :8], 500, text("", ""))
         with pytest.raises(ValueError, match="^sample: expected conditional windows alone"):

@@ -229,9 +229,9 @@ def test_weight_below_one_leaves_the_rest_to_the_base():
 
 def test_start_and_end():
     regions = RegionMap([Region("a", box=LEFT, start=0.2), Region("b", box=LEFT, end=0.5)], 64, 64)
-    says = {step: [bool(s) for s in regions.says(step / 10)[0]] for step in range(10)}
-    assert [step for step in says if says[step][0]] == list(range(2, 10))
-    assert [step for step in says if says[step][1]] == list(range(5))
+    counts = {step: [bool(weight) for weight in regions.weights(step / 10)[0]] for step in range(10)}
+    assert [step for step in counts if counts[step][0]] == list(range(2, 10))
+    assert [step for step in counts if counts[step][1]] == list(range(5))
     assert regions.dynamic and torch.equal(regions.shares(0.1)[0, 1], torch.zeros(8, 8))
     assert torch.equal(regions.shares(0.6)[0, 0], 1 - regions.shares(0.6)[0, 1])
 
