@@ -94,7 +94,7 @@ class PromptWeights:
             )
         weights = self.regions.weights(place.progress)
         where = self.bank.version, place.plan, place.rows.tolist(), place.view, weights, branches, device
-        laid_out = *where, base, torch.is_inference_mode_enabled()
+        laid_out = *where, base, torch.is_inference_mode_enabled()  # whose tensors are of no use outside of it
         if self._laid_out != laid_out or place.captured:
             self._layout = self._made(place, (h, w), branches, device, base)
             self._laid_out = None if place.captured else laid_out
@@ -119,6 +119,7 @@ class PromptWeights:
                 f"regions: expected one list, or one for each of {pictures} pictures, got {self.regions.pictures}"
             )
         placed = self.bank.version, tuple(rows[:, 0].tolist()), branches, device, base
+        placed += (torch.is_inference_mode_enabled(),)
         if placed not in self._placed:
             if any(version != self.bank.version for version, *_ in self._placed):
                 self._placed.clear()

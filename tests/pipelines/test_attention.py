@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import ControlNetModel, StableDiffusionControlNetPipeline, UNet2DConditionModel, UNet2DModel
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, IPAdapterAttnProcessor2_0
 from peft import LoraConfig
 
@@ -409,6 +410,25 @@ def test_autocast(unet, text, noise):
             got = unet(noise, 500, text("", "")).sample
     exact = unet(noise, 500, text("grass", "grass")).sample
     assert error(got, exact) < 2 * error(plain, exact)
+
+
+@pytest.mark.parametrize("backend", ["native", "_native_math"])
+@torch.no_grad()
+def test_attention_backends_of_diffusers(unet, text, noise, backend):
+    """Chosen inside of the block, and before it."""
+    plain, before = unet(noise, 500, text("grass", "grass")).sample, unet.attn_processors
+    try:
+        with regional(unet, text, [Region("grass", box=ALL)]):
+            unet.set_attention_backend(backend)
+            got = [unet(noise, 500, text("", "")).sample]
+            unet.reset_attention_backend()
+            unet.set_attention_backend(backend)
+        with regional(unet, text, [Region("grass", box=ALL)]):
+            got.append(unet(noise, 500, text("", "")).sample)
+            unet.reset_attention_backend()
+    finally:
+        _AttentionBackendRegistry.set_active_backend(AttentionBackendName.NATIVE)
+    assert max(error(one, plain) for one in got) < 1e-4 and unet.attn_processors == before
 
 
 # Put back
