@@ -194,8 +194,10 @@ def regional_prompts(
     Self-attention is left alone. At the end, also of a failing block, the processors that were there are there again.
     Each distinct prompt is projected to keys and values once per layer, and again when embeddings, weights (LoRA,
     fused ones too) or the LoRA scale change. Works with LoRA, fused projections, attention slicing, SDXL (whose pooled
-    embedding stays the base prompt's), offloading and `torch.compile`, if the network was compiled before. A ControlNet
-    is a network of its own and goes on with the base prompt, unless this is called for `pipe.controlnet` too.
+    embedding stays the base prompt's), offloading and `torch.compile`, if the network was compiled before. With an
+    IP-Adapter all queries attend to its pictures, by its scales and masks, beside the prompts of their place. A
+    ControlNet is a network of its own and goes on with the base prompt, unless this is called for `pipe.controlnet`
+    too.
 
     The regions' texts are embedded at the first evaluation, with the `clip_skip` and the LoRA scale of the pipeline's
     call, and again when these or the encoders' adapters change. Gradients reach the network's weights, the base prompts
@@ -224,7 +226,7 @@ def regional_prompts(
 
     Raises:
         TypeError: for a network without cross-attention in Transformer2DModel blocks, and for processors of a class
-            that is not known to be plain cross-attention (IP-Adapter among them).
+            that is not known to be plain cross-attention, or one of an IP-Adapter.
         ValueError: naming the argument, what was expected and what came; in a block for the same network.
     """
     if pipe is None and hasattr(model, "unet"):

@@ -14,11 +14,16 @@ from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
+from diffusers.image_processor import IPAdapterMaskProcessor
 from diffusers.models.attention_processor import (
     Attention,
     AttnProcessor,
     AttnProcessor2_0,
     FusedAttnProcessor2_0,
+    IPAdapterAttnProcessor,
+    IPAdapterAttnProcessor2_0,
+    IPAdapterXFormersAttnProcessor,
     SlicedAttnProcessor,
     XFormersAttnProcessor,
 )
@@ -29,6 +34,9 @@ from instantas.regions.weights import Layout
 
 PLAIN = (AttnProcessor, AttnProcessor2_0, FusedAttnProcessor2_0, SlicedAttnProcessor, XFormersAttnProcessor)
 """The processors that can be replaced: all compute the same plain cross-attention."""
+
+IMAGES = (IPAdapterAttnProcessor, IPAdapterAttnProcessor2_0, IPAdapterXFormersAttnProcessor)
+"""The same, and beside it attention to the tokens of an IP-Adapter's pictures."""
 
 
 class Attended(NamedTuple):
@@ -83,6 +91,70 @@ class RegionalAttnProcessor:
             mode=attended.mode,
             scale=attn.scale,
         )
+
+
+class RegionalIPAdapterAttnProcessor(RegionalAttnProcessor, IPAdapterAttnProcessor2_0):
+    """As `RegionalAttnProcessor`, and every query attends to the tokens of an IP-Adapter's pictures beside its prompts.
+
+    Its weights and scales are those of the processor that it stands in for, not copies.
+    """
+
+    def __init__(self, plain: torch.nn.Module, number: int):
+        self.__dict__.update(plain.__dict__, plain=plain)
+        self.number = number
+
+    def __call__(
+        self,
+        attn,
+        hidden_states,
+        encoder_hidden_states=None,
+        attention_mask=None,
+        temb=None,
+        scale=1.0,
+        ip_adapter_masks=None,
+    ):
+        prompts = encoder_hidden_states[0] if isinstance(encoder_hidden_states, tuple) else None
+        if not isinstance(prompts, Attended):
+            given = encoder_hidden_states, attention_mask, temb, scale, ip_adapter_masks
+            return self.plain(attn, hidden_states, *given)
+        query = self.query(attn, hidden_states)
+        out = self.attend(attn, query, prompts).flatten(-2)
+        for share in self._shares(query, encoder_hidden_states[1], ip_adapter_masks):
+            out = out + share
+        return attn.to_out[1](attn.to_out[0](out))
+
+    def _shares(self, query, images, masks):
+        """(B, N, heads D) of each adapter, or of each of its pictures where they have masks."""
+        if masks is None:
+            masks = [None] * len(self.scale)
+        elif not isinstance(masks, list):
+            masks = list(masks.unsqueeze(1))
+        if not len(masks) == len(images) == len(self.scale):
+            raise ValueError(
+                f"cross_attention_kwargs: expected ip_adapter_masks for each of {len(self.scale)} IP-Adapters, got "
+                f"{len(masks)}"
+            )
+        for tokens, scale, to_key, to_value, mask in zip(images, self.scale, self.to_k_ip, self.to_v_ip, masks):
+            pictures = [tokens.flatten(1, -2)] if mask is None else tokens.unbind(1)
+            scales = scale if isinstance(scale, list) else [scale] * len(pictures)
+            if len(pictures) != len(scales) or mask is not None and mask.shape[1] != len(pictures):
+                raise ValueError(
+                    f"cross_attention_kwargs: expected a scale and a mask of ip_adapter_masks for each of "
+                    f"{tokens.shape[1]} pictures, got {len(scales)} and {0 if mask is None else mask.shape[1]}"
+                )
+            for number, (picture, share) in enumerate(zip(pictures, scales)):
+                if share == 0:
+                    continue
+                out = _attention(query, to_key(picture), to_value(picture))
+                if mask is not None:
+                    out = out * IPAdapterMaskProcessor.downsample(mask[:, number], *out.shape).to(out)
+                yield share * out
+
+
+def _attention(query, key, value):
+    """(B, N, heads D) of queries (B, N, heads, D), keys and values (B, L, heads D)."""
+    key, value = (t.unflatten(-1, query.shape[-2:]).transpose(1, 2) for t in (key, value))
+    return F.scaled_dot_product_attention(query.transpose(1, 2), key, value).transpose(1, 2).flatten(-2)
 
 
 def projections(attn: Attention) -> tuple[torch.nn.Module, ...]:
@@ -168,7 +240,7 @@ class Installation:
     def __init__(self, network: torch.nn.Module):
         self.blocks = cross_attention(network)
         layers = [attn for inside in self.blocks.values() for attn in inside]
-        self.layers = {attn: RegionalAttnProcessor(attn.processor, number) for number, attn in enumerate(layers)}
+        self.layers = {attn: _regional(attn.processor, number) for number, attn in enumerate(layers)}
         self.network, self.users, self._undo = network, [], []
 
     def add(self, user) -> None:
@@ -208,6 +280,11 @@ class Installation:
         return (args, kwargs) if user is None else user.prepare(self.layers, args, kwargs)
 
 
+def _regional(plain, number):
+    kind = RegionalIPAdapterAttnProcessor if isinstance(plain, IMAGES) else RegionalAttnProcessor
+    return kind(plain, number)
+
+
 def cross_attention(network: torch.nn.Module) -> dict[Transformer2DModel, list[Attention]]:
     """The cross-attention layers of a network by the block that they are in.
 
@@ -219,19 +296,17 @@ def cross_attention(network: torch.nn.Module) -> dict[Transformer2DModel, list[A
     if not crossing:
         raise TypeError(f"model: expected a network with cross-attention, got {type(module).__name__} without any")
     for attn in crossing:
-        if type(attn.processor) not in PLAIN:
+        if type(attn.processor) not in PLAIN + IMAGES:
             raise TypeError(
-                f"model: expected processors {', '.join(kind.__name__ for kind in PLAIN)}, got "
-                f"{type(attn.processor).__name__} (an IP-Adapter has to be unloaded first)"
+                f"model: expected processors {', '.join(kind.__name__ for kind in PLAIN + IMAGES)}, got "
+                f"{type(attn.processor).__name__}"
             )
     blocks = {}
     for block in module.modules():
         if isinstance(block, Transformer2DModel):
             blocks[block] = [attn for attn in block.modules() if attn in crossing]
     inside = sum(map(len, blocks.values()))
-    config = getattr(module, "config", {})
-    unlike = ("encoder_hid_dim_type", "dual_cross_attention")
-    if inside != len(crossing) or any(config.get(name) for name in unlike) or _adds_text(config):
+    if inside != len(crossing) or not _text_alone(module, any(isinstance(a.processor, IMAGES) for a in crossing)):
         raise TypeError(
             f"model: expected cross-attention to the text encoder's output in Transformer2DModel blocks alone, got "
             f"{type(module).__name__} with other layers"
@@ -239,9 +314,12 @@ def cross_attention(network: torch.nn.Module) -> dict[Transformer2DModel, list[A
     return {block: layers for block, layers in blocks.items() if layers}
 
 
-def _adds_text(config):
-    """Whether the network uses the prompt's embedding outside of cross-attention."""
-    return config.get("addition_embed_type") in ("text", "text_image")
+def _text_alone(module, images):
+    """Whether prompts go to cross-attention as they are, with the tokens of pictures beside them or without."""
+    config = getattr(module, "config", {})
+    elsewhere = config.get("addition_embed_type") in ("text", "text_image") or config.get("dual_cross_attention")
+    projected = config.get("encoder_hid_dim_type") or getattr(module, "text_encoder_hid_proj", None)
+    return not elsewhere and projected == ("ip_image_proj" if images else None)
 
 
 def with_prompts(args: tuple, kwargs: dict, position: int, prompts: Any) -> tuple[tuple, dict]:
@@ -253,8 +331,11 @@ def with_prompts(args: tuple, kwargs: dict, position: int, prompts: Any) -> tupl
 
 def _tell_grid(block, args, kwargs):
     """A block's layers are told the size of the feature map along with the prompts."""
-    attended = kwargs["encoder_hidden_states"] if "encoder_hidden_states" in kwargs else args[1]
+    given = kwargs["encoder_hidden_states"] if "encoder_hidden_states" in kwargs else args[1]
+    beside = isinstance(given, tuple) and not isinstance(given, Attended)  # an IP-Adapter's pictures
+    attended = given[0] if beside else given
     if not isinstance(attended, Attended):
         return None
     height, width = (args[0] if args else kwargs["hidden_states"]).shape[-2:]
-    return with_prompts(args, kwargs, 1, attended._replace(grid=(height, width)))
+    attended = attended._replace(grid=(height, width))
+    return with_prompts(args, kwargs, 1, (attended, *given[1:]) if beside else attended)

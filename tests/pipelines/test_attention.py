@@ -487,7 +487,9 @@ def test_unknown_processors(unet, text, kind):
     name = [name for name in unet.attn_processors if "attn2" in name][-1]
     unet.set_attn_processor(unet.attn_processors | {name: kind()})
     before = unet.attn_processors
-    with pytest.raises(TypeError, match="^model: expected processors AttnProcessor, .*(Mine|IPAdapter).*unloaded"):
+    with pytest.raises(
+        TypeError, match="^model: expected (processors AttnProcessor, .*Mine|cross-attention to the text)"
+    ):
         with regional(unet, text, []):
             pass
     assert all(unet.attn_processors[name] is processor for name, processor in before.items())
