@@ -12,6 +12,7 @@ import inspect
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from diffusers.models.attention_processor import Attention
@@ -29,6 +30,8 @@ from instantas.pipelines.progress import Progress
 from instantas.regions import RegionMap, check_blend, region_lists
 from instantas.regions.prompts import PipelineEncoder, PromptBank, adapters, text_encoders, warn_of_cut
 from instantas.regions.weights import Place, PromptWeights
+from instantas.sampling.bridging import View
+from instantas.sampling.sampler import StepContext
 from instantas.windows import WindowPlan
 
 __all__ = ["RegionalAttnProcessor", "RegionalPrompts", "regional_prompts"]
@@ -62,7 +65,9 @@ class RegionalPrompts:
         self.bank.update(torch.cat(both), self._encode or (self._pipe and PipelineEncoder(self._pipe)))
         self._base = len(prompt_embeds), len(both)
 
-    def set_windows(self, plan: WindowPlan, rows: torch.Tensor, progress: float = 0.0, view=None) -> None:
+    def set_windows(
+        self, plan: WindowPlan, rows: torch.Tensor, progress: float = 0.0, view: View | None = None
+    ) -> None:
         """Say which windows the next evaluations are of; a batch is [uncond, cond] of them or [cond].
 
         Args:
@@ -75,14 +80,16 @@ class RegionalPrompts:
         device = self.regions.masks.device
         self._place = Place(plan, rows, plan.tables(device).origins[rows[:, 1].to(device)], progress, view)
 
-    def set_step(self, context) -> None:
+    def set_step(self, context: StepContext) -> None:
         """As `set_windows`, of the windows of a `sampler.StepContext`; waits for no device."""
+        origins: Any = context.origins
         progress = context.step / context.steps
-        self._place = Place(context.plan, context.rows, context.origins, progress, context.view, context.captured)
+        self._place = Place(context.plan, context.rows, origins, progress, context.view, context.captured)
 
     def prepare(self, layers: dict[Attention, RegionalAttnProcessor], args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """The arguments with which the network is evaluated in place of these, which say what its layers attend to."""
-        signature = _signature(type(self.module))
+        kind: Any = type(self.module)
+        signature: inspect.Signature = _signature(kind)
         call = signature.bind(self.module, *args, **kwargs).arguments
         sample, embeddings = call["sample"], call["encoder_hidden_states"]
         if call.get("encoder_attention_mask") is not None:
@@ -172,16 +179,16 @@ class RegionalPrompts:
 
 @contextlib.contextmanager
 def regional_prompts(
-    model,
+    model: Any,
     regions: Sequence | RegionMap,
     *,
-    pipe=None,
+    pipe: Any = None,
     encode: Callable[[list[str]], torch.Tensor] | None = None,
     mode: str = "blend",
     base_weight: float = 0.0,
     semantic_schedule: str = "constant",
     classifier_free_guidance: bool | None = None,
-    scheduler=None,
+    scheduler: Any = None,
     cell: int | None = None,
 ) -> Iterator[RegionalPrompts]:
     """Regional prompts in every cross-attention layer of a network, inside the `with` block.
@@ -272,7 +279,7 @@ def _check_texts(texts, pipe, encode):
         warn_of_cut(pipe, texts)
 
 
-def _running(pipe) -> bool:
+def _running(pipe: Any) -> bool:
     """Whether the pipeline's own call runs in this thread: only then what it says of a call is of this one."""
     frame = None if pipe is None else sys._getframe(1)
     while frame is not None:
@@ -288,16 +295,16 @@ def _held(pipe):
 
 
 @functools.cache
-def _signature(kind):
+def _signature(kind: Any) -> inspect.Signature:
     return inspect.signature(inspect.unwrap(kind.forward))
 
 
-def _weights(module) -> tuple:
+def _weights(module: torch.nn.Module) -> tuple:
     """Of a projection: changes whenever it gives something else."""
     return (*((id(weight), weight.data_ptr(), weight.dtype) for weight in module.parameters()), adapters(module))
 
 
-def _trained(attn, bank) -> bool:
+def _trained(attn: Attention, bank: torch.Tensor) -> bool:
     """Whether a gradient is to reach what a layer makes of the bank."""
     if not torch.is_grad_enabled():
         return False

@@ -46,14 +46,14 @@ class Attended(NamedTuple):
         layout: rows of the bank and their weights.
         keys, values: (P, L, heads, D) of each layer, the projected bank of prompts.
         mode: of `ops.regional_attention`.
-        grid: (h, w) of the feature map that the queries come from; None outside of blocks.
+        grid: (h, w) of the feature map that the queries come from, told by the block that a layer is in.
     """
 
     layout: Layout
     keys: tuple[torch.Tensor, ...]
     values: tuple[torch.Tensor, ...]
     mode: str
-    grid: tuple[int, int] | None = None
+    grid: tuple[int, int] = (0, 0)
 
 
 class RegionalAttnProcessor:
@@ -241,14 +241,16 @@ class Installation:
         self.blocks = cross_attention(network)
         layers = [attn for inside in self.blocks.values() for attn in inside]
         self.layers = {attn: _regional(attn.processor, number) for number, attn in enumerate(layers)}
-        self.network, self.users, self._undo = network, [], []
+        self.network = network
+        self.users: list[Any] = []
+        self._undo: list[Callable] = []
 
-    def add(self, user) -> None:
+    def add(self, user: Any) -> None:
         self.users.append(user)
         if len(self.users) == 1:
             self._put_in()
 
-    def remove(self, user) -> None:
+    def remove(self, user: Any) -> None:
         """Nothing happens where it was removed before."""
         self.users = [other for other in self.users if other is not user]
         if not self.users:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 
@@ -16,7 +18,7 @@ class Progress:
     def __init__(self):
         self._timesteps = self._values = self._first = self._last = None
 
-    def __call__(self, scheduler, timestep: torch.Tensor | float, evaluations: int | None = None) -> float:
+    def __call__(self, scheduler: Any, timestep: torch.Tensor | float, evaluations: int | None = None) -> float:
         """From 0 to below 1; waits for the device that timesteps are on.
 
         Args:

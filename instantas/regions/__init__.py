@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -57,8 +58,8 @@ class Region:
     """
 
     prompt: str | None = None
-    mask: object = None
-    box: Sequence[float] | None = None
+    mask: Any = None
+    box: Any = None
     negative_prompt: str | None = None
     weight: float = 1.0
     start: float = 0.0
@@ -94,7 +95,7 @@ class Region:
     @property
     def positive(self) -> str | torch.Tensor:
         """What to paint: the embedding where there is one, else the text."""
-        return self.prompt if self.embeds is None else self.embeds
+        return self.embeds if self.embeds is not None else str(self.prompt)
 
     @property
     def negative(self) -> str | torch.Tensor | None:
@@ -102,7 +103,7 @@ class Region:
         return self.negative_prompt if self.negative_embeds is None else self.negative_embeds
 
     @classmethod
-    def parse(cls, text: str, **settings) -> Region:
+    def parse(cls, text: str, **settings: Any) -> Region:
         """A region from "prompt@left,top,right,bottom" or "prompt@mask.png".
 
         The place follows the last @. Numbers with a point are fractions, as in `box`.
@@ -139,7 +140,7 @@ class Region:
         else:
             fractions = any(isinstance(side, float) for side in self.box)
             sides = (width, height, width, height) if fractions else (1, 1, 1, 1)
-            mask = box_mask([side * length for side, length in zip(self.box, sides)], height, width, wrap)
+            mask = box_mask(tuple(side * length for side, length in zip(self.box, sides)), height, width, wrap)
         return feather(mask, self.feather, wrap)
 
 
@@ -279,7 +280,7 @@ class RegionMap:
             self._latest[weights] = shares
         return shares
 
-    def windows(self, plan: WindowPlan, rows: torch.Tensor, progress: float = 0.0, view=None) -> torch.Tensor:
+    def windows(self, plan: WindowPlan, rows: torch.Tensor, progress: float = 0.0, view: Any = None) -> torch.Tensor:
         """(m, 1 + R, h, w) float32: the shares in windows of a plan.
 
         Args:
@@ -291,7 +292,7 @@ class RegionMap:
         return self.windows_at(plan, placed[:, 0], origins, progress, view)
 
     def windows_at(
-        self, plan: WindowPlan, pictures: torch.Tensor, origins: torch.Tensor, progress: float = 0.0, view=None
+        self, plan: WindowPlan, pictures: torch.Tensor, origins: torch.Tensor, progress: float = 0.0, view: Any = None
     ) -> torch.Tensor:
         """As `windows`, of windows said on the masks' device: (m,) int64 pictures, (m, 2) integer origins (y, x)."""
         shares = self.shares(progress)
@@ -334,7 +335,7 @@ class RegionMap:
         plot_regions(self, plan, path)
 
 
-def region_lists(regions) -> tuple[tuple[Region, ...], ...]:
+def region_lists(regions: Any) -> tuple[tuple[Region, ...], ...]:
     """The regions of each picture, from one list for all or a list of lists.
 
     Raises:
@@ -363,7 +364,7 @@ def _entries(regions, whose):
     return list(regions)
 
 
-def _embeds(name, embeds) -> torch.Tensor:
+def _embeds(name: str, embeds: Any) -> torch.Tensor:
     if not isinstance(embeds, torch.Tensor) or not embeds.is_floating_point():
         raise TypeError(f"{name}: expected a tensor of floats (L, D), got {getattr(embeds, 'dtype', type(embeds))}")
     found = embeds[0] if embeds.dim() == 3 and len(embeds) == 1 else embeds
@@ -374,14 +375,14 @@ def _embeds(name, embeds) -> torch.Tensor:
     return found
 
 
-def check_blend(base_weight, semantic_schedule) -> None:
+def check_blend(base_weight: float, semantic_schedule: str) -> None:
     """Refuse what `RegionMap` cannot be made with."""
     real("base_weight", base_weight, 0)
     if semantic_schedule not in SCHEDULES:
         raise ValueError(f"semantic_schedule: expected one of {', '.join(SCHEDULES)}, got {semantic_schedule!r}")
 
 
-def _box(box) -> tuple:
+def _box(box: Any) -> tuple:
     if isinstance(box, str) or not isinstance(box, Sequence) and not hasattr(box, "tolist"):
         raise TypeError(f"box: expected (left, top, right, bottom), got {box!r}")
     sides = tuple(box.tolist() if hasattr(box, "tolist") else box)

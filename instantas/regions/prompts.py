@@ -33,9 +33,14 @@ class PromptBank:
         self.texts = [prompt for prompt in prompts if isinstance(prompt, str)]
         self._embeds = [prompt for prompt in prompts if isinstance(prompt, torch.Tensor)]
         self._numbers = {prompt: number for number, prompt in enumerate((*self.texts, *self._embeds))}
-        self.lists, self.repeats, self.version = lists, [], 0
-        self.embeddings = self._given = self._seen = self._rows = None
-        self._embedded = self._encode = self._encoded_by = None
+        self.lists, self.version = lists, 0
+        self.embeddings: Any = None
+        self.repeats: list[int] = []
+        self._rows: list[int] = []
+        self._given: Any = None
+        self._seen: tuple[torch.Tensor, int] | None = None
+        self._encode: Callable | None = None
+        self._embedded = self._encoded_by = None
 
     def update(self, base: torch.Tensor, encode: Callable[[list[str]], torch.Tensor] | None = None) -> None:
         """Take the base prompts (n, L, D); nothing happens where they are those of the last time.
@@ -110,7 +115,9 @@ class PromptBank:
             the base prompt and the region are. Alike prompts share a slot; the unconditional branch has a region's
             negative prompt in its place, or the base's.
         """
-        count, attended, slots = len(self._given), [], []
+        count = len(self._given)
+        attended: list[list[int]] = []
+        slots: list[list[int]] = []
         for base, regions, conditional in elements:
             prompts = [r.positive if conditional else r.negative for r in self.lists[regions]]
             rows = [base] + [base if prompt is None else count + self._numbers[prompt] for prompt in prompts]
@@ -151,7 +158,7 @@ class PipelineEncoder:
         return tuple(adapters(encoder) for encoder in text_encoders(self.pipe))
 
 
-def text_encoders(pipe) -> list[torch.nn.Module]:
+def text_encoders(pipe: Any) -> list[torch.nn.Module]:
     """Those that a pipeline has."""
     found = (getattr(pipe, name, None) for name in ("text_encoder", "text_encoder_2"))
     return [encoder for encoder in found if encoder is not None]
@@ -159,18 +166,22 @@ def text_encoders(pipe) -> list[torch.nn.Module]:
 
 def adapters(module: torch.nn.Module) -> tuple:
     """Changes whenever a LoRA of a network or one of its layers is scaled, switched or merged, or a weight changes."""
-    marks = [-1 if weight.is_inference() else weight._version for weight in module.parameters()]
-    for layer in module.modules():
-        if hasattr(layer, "scaling") and hasattr(layer, "merged_adapters"):
-            marks.append(
-                (*layer.scaling.items(), *layer.active_adapters, *layer.merged_adapters, layer.disable_adapters)
-            )
+    marks: list = [-1 if weight.is_inference() else weight._version for weight in module.parameters()]
+    layers: list[Any] = [layer for layer in module.modules() if hasattr(layer, "merged_adapters")]
+    for layer in layers:
+        marks += [
+            *getattr(layer, "scaling", {}).items(),
+            *layer.active_adapters,
+            *layer.merged_adapters,
+            layer.disable_adapters,
+        ]
     return tuple(marks)
 
 
-def warn_of_cut(pipe, texts: list[str]) -> None:
+def warn_of_cut(pipe: Any, texts: list[str]) -> None:
     """Warn of words past the limit of a pipeline's tokenizers, naming them."""
-    for tokenizer in (getattr(pipe, name, None) for name in ("tokenizer", "tokenizer_2")):
+    found: list[Any] = [getattr(pipe, name, None) for name in ("tokenizer", "tokenizer_2")]
+    for tokenizer in found:
         for text in texts if tokenizer is not None else ():
             ids, limit = tokenizer(text, verbose=False).input_ids, tokenizer.model_max_length
             if len(ids) > limit:
@@ -181,7 +192,7 @@ def warn_of_cut(pipe, texts: list[str]) -> None:
 
 
 def encode_prompts(
-    pipe, texts: list[str], *, clip_skip: int | None = None, lora_scale: float | None = None
+    pipe: Any, texts: list[str], *, clip_skip: int | None = None, lora_scale: float | None = None
 ) -> torch.Tensor:
     """(prompts, L, D) embeddings by a pipeline's text encoders, without gradients; warns as `warn_of_cut`."""
     warn_of_cut(pipe, texts)

@@ -67,8 +67,10 @@ class PromptWeights:
 
     def __init__(self, regions: RegionMap, bank: PromptBank, joint: bool = False):
         self.regions, self.bank, self.joint = regions, bank, joint
-        self._layout = self._laid_out = None
-        self._placed = {}
+        self._layout: Layout | None = None
+        self._laid_out: tuple | None = None
+        self._placed: dict[tuple, tuple] = {}
+        self._captured: list[torch.Tensor] = []
 
     def layout(
         self, place: Place, batch: torch.Size, device: torch.device, base: tuple[int, int] | None = None
@@ -95,8 +97,10 @@ class PromptWeights:
         weights = self.regions.weights(place.progress)
         where = self.bank.version, place.plan, place.rows.tolist(), place.view, weights, branches, device
         laid_out = *where, base, torch.is_inference_mode_enabled()  # whose tensors are of no use outside of it
-        if self._laid_out != laid_out or place.captured:
+        if self._layout is None or self._laid_out != laid_out or place.captured:
             self._layout = self._made(place, (h, w), branches, device, base)
+            if place.captured:  # the graph reads them as long as it is replayed
+                self._captured.append(self.regions.shares(place.progress))
             self._laid_out = None if place.captured else laid_out
         return self._layout
 
