@@ -70,7 +70,6 @@ class PromptWeights:
         self._layout: Layout | None = None
         self._laid_out: tuple | None = None
         self._placed: dict[tuple, tuple] = {}
-        self._captured: list[torch.Tensor] = []
 
     def layout(
         self, place: Place, batch: torch.Size, device: torch.device, base: tuple[int, int] | None = None
@@ -99,8 +98,6 @@ class PromptWeights:
         laid_out = *where, base, torch.is_inference_mode_enabled()  # whose tensors are of no use outside of it
         if self._layout is None or self._laid_out != laid_out or place.captured:
             self._layout = self._made(place, (h, w), branches, device, base)
-            if place.captured:  # the graph reads them as long as it is replayed
-                self._captured.append(self.regions.shares(place.progress))
             self._laid_out = None if place.captured else laid_out
         return self._layout
 

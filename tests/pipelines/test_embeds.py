@@ -127,3 +127,10 @@ def test_texts_beside_a_base_prompt_of_another_length(pipe, embedded):
     with pytest.raises(ValueError, match=r"^regions: expected embeddings \(prompts, 21, 32\).*got \(1, 16, 32\)"):
         ours = InstantASPipeline.from_pipe(pipe)
         paint(ours, prompt_embeds=odd, negative_prompt_embeds=odd, regions=[Region("grass", box=LEFT)])
+
+
+def test_multidiffusion_takes_texts(pipe, embedded):
+    ours = InstantASPipeline.from_pipe(pipe)
+    for region in (Region(box=LEFT, embeds=embedded("a")), Region("b", box=LEFT, negative_embeds=embedded("a"))):
+        with pytest.raises(ValueError, match="^embeds: expected None with method='multidiffusion'"):
+            paint(ours, "grass", regions=[Region("sky", box=RIGHT), region], method="multidiffusion")

@@ -1,7 +1,5 @@
 """Prompts of different lengths in one bank: exact in both modes, also where they mix."""
 
-import weakref
-
 import pytest
 import torch
 
@@ -52,18 +50,3 @@ def test_repeated_prompts_are_not_taken_for_long_ones():
     bank.update(half[None])
     assert len(bank.embeddings) == 2 and bank.repeats == [2, 1]
     assert torch.equal(bank.embeddings[0], bank.embeddings[1])
-
-
-def test_what_a_capture_has_read_outlives_the_step():
-    """A region that turns on and off: the graph of the other steps is replayed later."""
-    regions = RegionMap([Region(mask=SOFT, embeds=torch.zeros(4, 16), start=0.3, end=0.6)], 64, 64)
-    bank = PromptBank(regions.lists)
-    bank.update(torch.ones(1, 4, 16))
-    weights, cpu, read = PromptWeights(regions, bank), torch.device("cpu"), []
-    for progress in (0.0, 0.4, 0.8):
-        place = Place.whole(1, (8, 8), progress, cpu)
-        weights.layout(place._replace(captured=True), (1, 4, 8, 8), cpu)
-        read.append(weakref.ref(regions.shares(progress)))
-    assert all(tensor() is not None for tensor in read)
-    del weights
-    assert read[1]() is None
