@@ -158,7 +158,7 @@ class Model:
         def denoiser(windows, timestep, context):
             n, windows = len(windows), windows.to(self.dtype)
             if method.regions:
-                regions.at(context.plan, context.rows, context.step / context.steps, context.view)
+                regions.set_windows(context.plan, context.rows, context.step / context.steps, context.view)
             prompts = torch.cat([self.empty.expand(n, -1, -1), text[context.rows[:, 0]]])
             uncond, cond = self.unet(torch.cat([windows, windows]), timestep, prompts).sample.float().split(n)
             return cond, uncond

@@ -61,7 +61,7 @@ def plot_regions(regions: Any, plan: Any, path: str | os.PathLike) -> None:
     axes.imshow(np.einsum("rhw,rc->hwc", shares, colours).clip(0, 1), extent=(0, columns, rows, 0))
     if plan is not None:
         _draw_windows(axes, plan)
-    names = ["base prompt", *(region.prompt for region in regions.lists[0])]
+    names = ["base prompt", *(region.prompt or "embeds" for region in regions.lists[0])]
     patches = [
         Patch(color=colour, label=f"{name} ({share:.0%})")
         for name, colour, share in zip(names, colours, shares.mean((1, 2)))
@@ -74,4 +74,4 @@ def plot_regions(regions: Any, plan: Any, path: str | os.PathLike) -> None:
 
 def _fullest(regions: Any) -> float:
     """The point of the run at which the regions have most to say."""
-    return max((step / 100 for step in range(100)), key=lambda progress: sum(map(sum, regions.says(progress))))
+    return max((step / 100 for step in range(100)), key=lambda progress: sum(map(sum, regions.weights(progress))))

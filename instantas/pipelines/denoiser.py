@@ -60,7 +60,7 @@ class WindowDenoiser:
     def phase(self, context: StepContext) -> tuple:
         """What is done differently at some steps than at others, for `instantas.sampling.graphs`."""
         progress = context.step / context.steps
-        regions = None if self.regional is None else self.regional.regions.says(progress)
+        regions = None if self.regional is None else self.regional.regions.weights(progress)
         return regions, None if self.control is None else self._scales(context)
 
     def __call__(
@@ -68,7 +68,7 @@ class WindowDenoiser:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(cond, uncond) of windows (m, C, h, w); uncond None without guidance."""
         if self.regional is not None:
-            self.regional.at_step(context)
+            self.regional.set_step(context)
         picture = context.pictures
         text = self._both(self.prompts.negative, self.prompts.embeds, picture)
         sample = torch.cat([windows, windows]) if self.guided else windows

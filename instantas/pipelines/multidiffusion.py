@@ -88,9 +88,11 @@ def region_prompts(pipe: Any, lists: Sequence[Sequence[Region]], slot: int, base
     Where a region has no negative prompt the picture's own stays.
 
     Raises:
-        ValueError: for a picture's embeddings of another length than the regions' prompts have.
+        ValueError: for regions of embeddings, and for a picture's of another length than the regions' prompts have.
     """
     regions = [entries[slot] if slot < len(entries) else None for entries in lists]
+    if any(region and (region.embeds, region.negative_embeds) != (None, None) for region in regions):
+        raise ValueError("embeds: expected None with method='multidiffusion', whose regions are texts, got a tensor")
     copies = len(base.embeds) // len(lists)
     negatives = [region and region.negative_prompt for region in regions]
     texts = {

@@ -35,7 +35,7 @@ from instantas.pipelines.held import HeldPipeline
 from instantas.pipelines.multidiffusion import RegionDenoiser, plain_colours, region_prompts
 from instantas.pipelines.turns import host_tensors, turn
 from instantas.regions import RegionMap, check_blend, region_lists
-from instantas.regions.prompts import encode_prompts
+from instantas.regions.prompts import PipelineEncoder
 from instantas.sampling.bridging import bridge, evaluations
 from instantas.sampling.sampler import check_settings, sample, set_timesteps
 
@@ -334,7 +334,7 @@ class InstantASPipeline(HeldPipeline):
             colours = plain_colours(pipe.vae, generator, noise.device)
             yield RegionDenoiser([make(found) for found in each], region_map, noise, colours)
         else:
-            encode = functools.partial(encode_prompts, pipe, **how)
+            encode = PipelineEncoder(pipe, **how)
             with regional_prompts(pipe.unet, region_map, pipe=pipe, encode=encode, mode=region_mode) as regional:
                 regional.base(prompts.embeds, prompts.negative)
                 yield make(prompts, regional=regional)

@@ -1,6 +1,6 @@
 """Regions: which prompt has a say where on the canvas, how much, and when.
 
-Plain data, no kernels and no network: `instantas.pipelines.attention` hands what a `RegionMap` says to the
+Plain data, no kernels and no network: `instantas.regions.weights` lays a `RegionMap`'s shares out for the
 cross-attention layers.
 """
 
@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -36,7 +37,7 @@ class Region:
     """A part of the canvas with a prompt of its own.
 
     Attributes:
-        prompt: what to paint there.
+        prompt: what to paint there; with `embeds` a label, or None.
         mask: picture, array, tensor or file (`instantas.regions.masks.read_mask`), hard or soft, never binarised; of
             the canvas's size, or of its proportions and then resized by area. Kept as float32 (h, w).
         box: (left, top, right, bottom), exclusive at the right and the bottom. If any of the four is a float they are
@@ -48,26 +49,36 @@ class Region:
         start, end: part of the run in which the region counts, fractions of its steps, 0 <= start < end <= 1.
         feather: width in pixels of the ramps into which the edges are turned.
         guidance_scale: classifier-free guidance inside; None: the picture's.
+        embeds: (L, D) or (1, L, D), the embedding in place of the prompt's text: weighted, longer than the text encoder
+            takes, or of a model without one. L is the base prompt's, or one divides the other. Kept as (L, D).
+        negative_embeds: the same in place of the negative prompt's.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
 
-    prompt: str
-    mask: object = None
-    box: Sequence[float] | None = None
+    prompt: str | None = None
+    mask: Any = None
+    box: Any = None
     negative_prompt: str | None = None
     weight: float = 1.0
     start: float = 0.0
     end: float = 1.0
     feather: int = 0
     guidance_scale: float | None = None
+    embeds: torch.Tensor | None = None
+    negative_embeds: torch.Tensor | None = None
 
     def __post_init__(self):
         for name in ("prompt", "negative_prompt"):
             value = getattr(self, name)
-            if not isinstance(value, str) and not (name == "negative_prompt" and value is None):
+            if value is None and name == "prompt" and self.embeds is None:
+                raise TypeError("prompt: expected a string or embeds, got neither")
+            if not isinstance(value, str) and value is not None:
                 raise TypeError(f"{name}: expected a string, got {type(value).__name__}")
+        for name in ("embeds", "negative_embeds"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, _embeds(name, getattr(self, name)))
         if (self.mask is None) == (self.box is None):
             raise ValueError(f"mask: expected either a mask or a box, got {'neither' if self.box is None else 'both'}")
         if self.mask is None:
@@ -81,8 +92,18 @@ class Region:
         if self.guidance_scale is not None:
             real("guidance_scale", self.guidance_scale)
 
+    @property
+    def positive(self) -> str | torch.Tensor:
+        """What to paint: the embedding where there is one, else the text."""
+        return self.embeds if self.embeds is not None else str(self.prompt)
+
+    @property
+    def negative(self) -> str | torch.Tensor | None:
+        """What not to paint: the embedding where there is one, else the text; None: the picture's."""
+        return self.negative_prompt if self.negative_embeds is None else self.negative_embeds
+
     @classmethod
-    def parse(cls, text: str, **settings) -> Region:
+    def parse(cls, text: str, **settings: Any) -> Region:
         """A region from "prompt@left,top,right,bottom" or "prompt@mask.png".
 
         The place follows the last @. Numbers with a point are fractions, as in `box`.
@@ -119,7 +140,7 @@ class Region:
         else:
             fractions = any(isinstance(side, float) for side in self.box)
             sides = (width, height, width, height) if fractions else (1, 1, 1, 1)
-            mask = box_mask([side * length for side, length in zip(self.box, sides)], height, width, wrap)
+            mask = box_mask(tuple(side * length for side, length in zip(self.box, sides)), height, width, wrap)
         return feather(mask, self.feather, wrap)
 
 
@@ -138,11 +159,11 @@ def load_regions(path: str | os.PathLike) -> list[Region]:
         raise ValueError(f"regions: expected a JSON file, got {str(path)!r} ({error})") from error
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise ValueError(f"regions: expected a list of objects in {str(path)!r}")
-    known = [name for name in Region.__dataclass_fields__]
+    names = [name for name in Region.__dataclass_fields__ if not name.endswith("embeds")]
     regions = []
     for number, entry in enumerate(entries, 1):
-        if unknown := set(entry) - set(known):
-            raise ValueError(f"region {number}: expected {', '.join(known)}, got {', '.join(sorted(unknown))}")
+        if unknown := set(entry) - set(names):
+            raise ValueError(f"region {number}: expected {', '.join(names)}, got {', '.join(sorted(unknown))}")
         if "prompt" not in entry:
             raise ValueError(f"region {number}: expected a prompt, got none")
         if isinstance(entry.get("mask"), str):
@@ -234,30 +255,32 @@ class RegionMap:
         timed = any(region.start > 0 or region.end < 1 for regions in self.lists for region in regions)
         return timed or self.semantic_schedule != "constant"
 
-    def says(self, progress: float) -> tuple[tuple[float, ...], ...]:
+    def weights(self, progress: float) -> tuple[tuple[float, ...], ...]:
         """The weight of each picture's regions at a point of the run, from 0 to below 1."""
         share = SCHEDULES[self.semantic_schedule](progress)
         return tuple(tuple(share * r.weight * (r.start <= progress < r.end) for r in regions) for regions in self.lists)
 
     def shares(self, progress: float = 0.0) -> torch.Tensor:
         """(pictures, 1 + R, rows, columns) float32: the base prompt's share and the regions' at a point of the run."""
-        says = self.says(progress)
-        if says not in self._latest:
-            if self.semantic_schedule != "constant":
-                # shares under a schedule come once; all others may come again, and be what a CUDA graph reads
-                for past in [past for past in self._latest if any(map(any, past))]:
-                    self._latest.pop(past, None)
+        weights = self.weights(progress)
+        shares = self._latest.get(weights)
+        if shares is None:
             factor = self.masks.new_zeros(self.masks.shape[:2])
-            for picture, row in enumerate(says):
-                for region, share in enumerate(row):
-                    factor[picture, region].fill_(share)  # unlike a copy of the row, waits for no device
+            for picture, row in enumerate(weights):
+                for region, weight in enumerate(row):
+                    factor[picture, region].fill_(weight)  # unlike a copy of the row, waits for no device
             shares = self.masks * factor[..., None, None]
             base = 1 - shares.sum(1, keepdim=True)
             base = torch.where(base > _NOTHING, base, 0.0) + self.base_weight
-            self._latest[says] = torch.cat([base, shares], dim=1)
-        return self._latest[says]
+            shares = torch.cat([base, shares], dim=1)
+            if self.semantic_schedule != "constant":
+                # shares under a schedule come once; all others may come again, and be what a CUDA graph reads
+                for past in [past for past in list(self._latest) if any(map(any, past))]:
+                    self._latest.pop(past, None)
+            self._latest[weights] = shares
+        return shares
 
-    def windows(self, plan: WindowPlan, rows: torch.Tensor, progress: float = 0.0, view=None) -> torch.Tensor:
+    def windows(self, plan: WindowPlan, rows: torch.Tensor, progress: float = 0.0, view: Any = None) -> torch.Tensor:
         """(m, 1 + R, h, w) float32: the shares in windows of a plan.
 
         Args:
@@ -269,7 +292,7 @@ class RegionMap:
         return self.windows_at(plan, placed[:, 0], origins, progress, view)
 
     def windows_at(
-        self, plan: WindowPlan, pictures: torch.Tensor, origins: torch.Tensor, progress: float = 0.0, view=None
+        self, plan: WindowPlan, pictures: torch.Tensor, origins: torch.Tensor, progress: float = 0.0, view: Any = None
     ) -> torch.Tensor:
         """As `windows`, of windows said on the masks' device: (m,) int64 pictures, (m, 2) integer origins (y, x)."""
         shares = self.shares(progress)
@@ -292,9 +315,9 @@ class RegionMap:
             return guidance_scale
         maps = []
         for masks, regions in zip(self.masks, self.lists):
-            says = torch.tensor([region.weight for region in regions]).to(masks.device)[:, None, None]
+            weights = torch.tensor([region.weight for region in regions]).to(masks.device)[:, None, None]
             scales = [guidance_scale if r.guidance_scale is None else float(r.guidance_scale) for r in regions]
-            shares = says * masks[: len(regions)]
+            shares = weights * masks[: len(regions)]
             base = (1 - shares.sum(0)).clamp(min=0) + self.base_weight
             total = guidance_scale * base + (shares * torch.tensor(scales).to(masks.device)[:, None, None]).sum(0)
             maps.append(total / (base + shares.sum(0)))
@@ -312,28 +335,54 @@ class RegionMap:
         plot_regions(self, plan, path)
 
 
-def region_lists(regions) -> tuple[tuple[Region, ...], ...]:
-    """The regions of each picture, from one list for all or a list of lists."""
-    regions = [regions] if isinstance(regions, Region) else list(regions)
-    nested = bool(regions) and not any(isinstance(entry, Region) for entry in regions)
-    lists = tuple(tuple(entry) for entry in regions) if nested else (tuple(regions),)
-    for entries in lists:
-        for entry in entries:
+def region_lists(regions: Any) -> tuple[tuple[Region, ...], ...]:
+    """The regions of each picture, from one list for all or a list of lists.
+
+    Raises:
+        TypeError, ValueError: naming what is no `Region`, and where; more than 63 for a picture.
+    """
+    entries = [regions] if isinstance(regions, Region) else _entries(regions, "")
+    lists = [entries]
+    if entries and all(isinstance(entry, (list, tuple)) for entry in entries):
+        lists = [_entries(entry, f" for picture {number}") for number, entry in enumerate(entries, 1)]
+    for picture, entries in enumerate(lists, 1):
+        for number, entry in enumerate(entries, 1):
             if not isinstance(entry, Region):
-                raise TypeError(f"regions: expected a list of Region, or one such list for each picture, got {entry!r}")
+                where = f"region {number}" + f" of picture {picture}" * (len(lists) > 1)
+                raise TypeError(
+                    f"regions: expected a list of Region, or one such list for each picture, got as {where} the "
+                    f"{type(entry).__name__} {entry!r:.60}"
+                )
         if len(entries) >= MAX_PROMPTS:
             raise ValueError(f"regions: expected at most {MAX_PROMPTS - 1} for a picture, got {len(entries)}")
-    return lists
+    return tuple(map(tuple, lists))
 
 
-def check_blend(base_weight, semantic_schedule) -> None:
+def _entries(regions, whose):
+    if isinstance(regions, (str, dict)) or not isinstance(regions, Iterable):
+        raise TypeError(f"regions: expected a list of Region{whose}, got the {type(regions).__name__} {regions!r:.60}")
+    return list(regions)
+
+
+def _embeds(name: str, embeds: Any) -> torch.Tensor:
+    if not isinstance(embeds, torch.Tensor) or not embeds.is_floating_point():
+        raise TypeError(f"{name}: expected a tensor of floats (L, D), got {getattr(embeds, 'dtype', type(embeds))}")
+    found = embeds[0] if embeds.dim() == 3 and len(embeds) == 1 else embeds
+    if found.dim() != 2 or 0 in found.shape:
+        raise ValueError(f"{name}: expected (L, D) or (1, L, D), got {tuple(embeds.shape)}")
+    if not found.detach().isfinite().all():
+        raise ValueError(f"{name}: expected finite values, got NaN or infinite ones")
+    return found
+
+
+def check_blend(base_weight: float, semantic_schedule: str) -> None:
     """Refuse what `RegionMap` cannot be made with."""
     real("base_weight", base_weight, 0)
     if semantic_schedule not in SCHEDULES:
         raise ValueError(f"semantic_schedule: expected one of {', '.join(SCHEDULES)}, got {semantic_schedule!r}")
 
 
-def _box(box) -> tuple:
+def _box(box: Any) -> tuple:
     if isinstance(box, str) or not isinstance(box, Sequence) and not hasattr(box, "tolist"):
         raise TypeError(f"box: expected (left, top, right, bottom), got {box!r}")
     sides = tuple(box.tolist() if hasattr(box, "tolist") else box)

@@ -6,13 +6,14 @@ A mask is float32 (height, width) in 0..1 and is never binarised.
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 
-def read_mask(mask) -> torch.Tensor:
+def read_mask(mask: Any) -> torch.Tensor:
     """A mask from a picture file, PIL image, array or tensor, as float32 (h, w) in 0..1 on the CPU.
 
     Pictures in colour count with their luminance, transparent ones with luminance times opacity. Integers are 0 and 1

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -13,57 +15,93 @@ from instantas.regions import Region
 class PromptBank:
     """Base prompts, regional and negative ones, each distinct embedding once.
 
+    Lengths may differ where they divide the longest: a shorter prompt then is repeated, which changes nothing where it
+    has a softmax of its own, and counts `repeats` times where it shares one.
+
     Args:
         lists: the regions of each picture.
-        encode: function of a list of prompts that gives their embeddings (prompts, L, D).
 
     Attributes:
+        texts: what has to be embedded.
         embeddings: (P, L, D).
-        number: counts how often they were made anew.
-
-    Raises:
-        ValueError, TypeError: for regions whose prompts cannot be embedded.
+        repeats: how often each of the P prompts is repeated in its L tokens.
+        version: counts how often they were made anew.
     """
 
-    def __init__(self, lists: tuple[tuple[Region, ...], ...], encode: Callable | None):
-        texts = [text for regions in lists for r in regions for text in (r.prompt, r.negative_prompt)]
-        texts = list(dict.fromkeys(text for text in texts if text is not None))
-        self.lists, self._texts = lists, {text: i for i, text in enumerate(texts)}
-        self._embedded = _embedded(encode, texts) if texts else None
-        self.embeddings = self._given = self._seen = self._rows = None
-        self.number = 0
+    def __init__(self, lists: tuple[tuple[Region, ...], ...]):
+        prompts = dict.fromkeys(p for regions in lists for r in regions for p in (r.positive, r.negative))
+        self.texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+        self._embeds = [prompt for prompt in prompts if isinstance(prompt, torch.Tensor)]
+        self._numbers = {prompt: number for number, prompt in enumerate((*self.texts, *self._embeds))}
+        self.lists, self.version = lists, 0
+        self.embeddings: Any = None
+        self.repeats: list[int] = []
+        self._rows: list[int] = []
+        self._given: Any = None
+        self._seen: tuple[torch.Tensor, int] | None = None
+        self._encode: Callable | None = None
+        self._embedded = self._encoded_by = None
 
-    def update(self, base: torch.Tensor) -> None:
+    def update(self, base: torch.Tensor, encode: Callable[[list[str]], torch.Tensor] | None = None) -> None:
         """Take the base prompts (n, L, D); nothing happens where they are those of the last time.
 
         The same unchanged tensor is known without a look at its values, for which a GPU would have to be waited for.
+        Where a gradient is to reach base prompts or embeddings, they are taken anew every time.
+
+        Args:
+            encode: gives the texts' embeddings (texts, L, D), without gradients. Embeds again where it is not equal to
+                that of the last time, or where there are new base prompts and its `state()`, if it has one, differs.
+
+        Raises:
+            ValueError, TypeError: for regions whose prompts cannot be embedded, or do not fit the base prompts.
         """
+        trained = torch.is_grad_enabled() and any(t.requires_grad for t in (base, *self._embeds))
         version = -1 if base.is_inference() else base._version
-        known = self._seen is not None and self._seen[0] is base and version >= 0 and self._seen[1] == version
-        if not known and not self._equals(base):
-            self._make(base.detach())
-        self._seen = base, version
+        seen = self._seen is not None and self._seen[0] is base and version >= 0 and self._seen[1] == version
+        if trained or not seen or encode != self._encode:
+            if self._embed(encode) or trained or not self._equals(base):
+                self._make(base if trained else base.detach(), trained)
+        self._seen, self._encode = (base, version), encode
+
+    def _embed(self, encode):
+        """Whether the texts were embedded anew."""
+        encoded_by = encode, getattr(encode, "state", tuple)()
+        if not self.texts or encoded_by == self._encoded_by:
+            return False
+        self._embedded, self._encoded_by = _embedded(encode, self.texts), encoded_by
+        return True
 
     def _equals(self, base):
         given = self._given
         alike = given is not None and given.shape == base.shape and given.dtype == base.dtype
         return alike and given.device == base.device and torch.equal(given, base)
 
-    def _make(self, base):
-        prompts = base
-        if self._embedded is not None:
-            if self._embedded.shape[1:] != base.shape[1:]:
+    def _make(self, base, trained):
+        texts = "regions" if isinstance(self._encoded_by and self._encoded_by[0], PipelineEncoder) else "encode"
+        parts = [("prompt_embeds", base)] + [(texts, self._embedded)] * bool(self.texts)
+        parts += [("embeds", embeds[None]) for embeds in self._embeds]
+        longest = max(part.shape[1] for _, part in parts)
+        prompts, repeats = [], []
+        for name, part in parts:
+            (count, length, width), other = part.shape, base.shape[1] if part.shape[1] == longest else longest
+            if width != base.shape[2] or name != "prompt_embeds" and max(length, other) % min(length, other):
                 raise ValueError(
-                    f"encode: expected embeddings (prompts, {base.shape[1]}, {base.shape[2]}) like the base prompt's, "
-                    f"got {tuple(self._embedded.shape)}"
+                    f"{name}: expected embeddings (prompts, {base.shape[1]}, {base.shape[2]}) like the base prompt's, "
+                    f"or as many tokens as divide the longest prompt's {longest}, got {tuple(part.shape)}"
                 )
-            prompts = torch.cat([base, self._embedded.to(base)])
-        flat = prompts.flatten(1)
-        first = torch.stack([(flat == row).all(1) for row in flat]).int().argmax(1).tolist()
+            part = part.to(base) if trained else part.detach().to(base)
+            prompts.append(part.repeat(1, longest // length, 1))
+            repeats += [longest // length] * count
+        prompts = torch.cat(prompts)
+        first = list(range(len(prompts)))
+        if not trained:  # of equal prompts one, which alone would have the gradient
+            counts, flat = torch.tensor(repeats, device=base.device), prompts.flatten(1)
+            alike = [(flat == row).all(1) & (counts == count) for row, count in zip(flat, repeats)]
+            first = torch.stack(alike).int().argmax(1).tolist()
         distinct = sorted(set(first))
-        self._given, self.embeddings = base.clone(), prompts[distinct]
-        self._rows = [distinct.index(i) for i in first]
-        self.number += 1
+        self._given, self.embeddings = base.detach().clone(), prompts[distinct]
+        self._rows, self.repeats = [distinct.index(i) for i in first], [repeats[i] for i in distinct]
+        self.version += 1
 
     def attended(self, elements: list[tuple[int, int, bool]], most: int) -> tuple[torch.Tensor, torch.Tensor]:
         """What each element of a batch attends to.
@@ -77,24 +115,73 @@ class PromptBank:
             the base prompt and the region are. Alike prompts share a slot; the unconditional branch has a region's
             negative prompt in its place, or the base's.
         """
-        count, attended, slots = len(self._given), [], []
-        for base, number, conditional in elements:
-            texts = [r.prompt if conditional else r.negative_prompt for r in self.lists[number]]
-            rows = [base] + [base if text is None else count + self._texts[text] for text in texts]
-            prompts = [self._rows[row] for row in rows]
-            attended.append(list(dict.fromkeys(prompts)))
-            slots.append([attended[-1].index(prompt) for prompt in prompts] + [0] * (most - len(texts)))
+        count = len(self._given)
+        attended: list[list[int]] = []
+        slots: list[list[int]] = []
+        for base, regions, conditional in elements:
+            prompts = [r.positive if conditional else r.negative for r in self.lists[regions]]
+            rows = [base] + [base if prompt is None else count + self._numbers[prompt] for prompt in prompts]
+            found = [self._rows[row] for row in rows]
+            attended.append(list(dict.fromkeys(found)))
+            slots.append([attended[-1].index(row) for row in found] + [0] * (most - len(prompts)))
         ids = torch.full((len(attended), max(map(len, attended))), -1, dtype=torch.int32)
-        for element, prompts in enumerate(attended):
-            ids[element, : len(prompts)] = torch.tensor(prompts)
+        for element, found in enumerate(attended):
+            ids[element, : len(found)] = torch.tensor(found)
         return ids, torch.tensor(slots)
 
 
-def encode_prompts(
-    pipe, texts: list[str], *, clip_skip: int | None = None, lora_scale: float | None = None
-) -> torch.Tensor:
-    """(prompts, L, D) embeddings by a pipeline's text encoders; warns of words past their limit, naming them."""
-    for tokenizer in (getattr(pipe, name, None) for name in ("tokenizer", "tokenizer_2")):
+@dataclass(frozen=True)
+class PipelineEncoder:
+    """Embeds texts by a pipeline's text encoders: (prompts, L, D), without gradients.
+
+    Attributes:
+        clip_skip, lora_scale: as in a call of the pipeline.
+    """
+
+    pipe: Any
+    clip_skip: int | None = None
+    lora_scale: float | None = None
+
+    def __call__(self, texts: list[str]) -> torch.Tensor:
+        with torch.no_grad():
+            return self.pipe.encode_prompt(
+                prompt=texts,
+                device=self.pipe._execution_device,
+                num_images_per_prompt=1,
+                do_classifier_free_guidance=False,
+                clip_skip=self.clip_skip,
+                lora_scale=self.lora_scale,
+            )[0]
+
+    def state(self) -> tuple:
+        """What the embeddings depend on beside the texts: the encoders' weights and adapters as they are now."""
+        return tuple(adapters(encoder) for encoder in text_encoders(self.pipe))
+
+
+def text_encoders(pipe: Any) -> list[torch.nn.Module]:
+    """Those that a pipeline has."""
+    found = (getattr(pipe, name, None) for name in ("text_encoder", "text_encoder_2"))
+    return [encoder for encoder in found if encoder is not None]
+
+
+def adapters(module: torch.nn.Module) -> tuple:
+    """Changes whenever a LoRA of a network or one of its layers is scaled, switched or merged, or a weight changes."""
+    marks: list = [-1 if weight.is_inference() else weight._version for weight in module.parameters()]
+    layers: list[Any] = [layer for layer in module.modules() if hasattr(layer, "merged_adapters")]
+    for layer in layers:
+        marks += [
+            *getattr(layer, "scaling", {}).items(),
+            *layer.active_adapters,
+            *layer.merged_adapters,
+            layer.disable_adapters,
+        ]
+    return tuple(marks)
+
+
+def warn_of_cut(pipe: Any, texts: list[str]) -> None:
+    """Warn of words past the limit of a pipeline's tokenizers, naming them."""
+    found: list[Any] = [getattr(pipe, name, None) for name in ("tokenizer", "tokenizer_2")]
+    for tokenizer in found:
         for text in texts if tokenizer is not None else ():
             ids, limit = tokenizer(text, verbose=False).input_ids, tokenizer.model_max_length
             if len(ids) > limit:
@@ -102,18 +189,21 @@ def encode_prompts(
                 warnings.warn(
                     f"prompt: expected at most {limit - 2} tokens, got {len(ids) - 2}; cut off: {cut!r}", stacklevel=2
                 )
-    settings = dict(num_images_per_prompt=1, clip_skip=clip_skip, lora_scale=lora_scale)
-    with torch.no_grad():
-        encoded = pipe.encode_prompt(
-            prompt=texts, device=pipe._execution_device, do_classifier_free_guidance=False, **settings
-        )
-        return encoded[0]
+
+
+def encode_prompts(
+    pipe: Any, texts: list[str], *, clip_skip: int | None = None, lora_scale: float | None = None
+) -> torch.Tensor:
+    """(prompts, L, D) embeddings by a pipeline's text encoders, without gradients; warns as `warn_of_cut`."""
+    warn_of_cut(pipe, texts)
+    return PipelineEncoder(pipe, clip_skip, lora_scale)(texts)
 
 
 def _embedded(encode, texts):
     if encode is None:
         raise ValueError("encode: expected a pipeline, or a function that embeds the regions' prompts, got neither")
-    embedded = encode(texts)
+    with torch.no_grad():
+        embedded = encode(texts)
     if not isinstance(embedded, torch.Tensor):
         raise TypeError(f"encode: expected a tensor ({len(texts)}, L, D), got {type(embedded).__name__}")
     if embedded.dim() != 3 or len(embedded) != len(texts):

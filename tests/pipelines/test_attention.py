@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import ControlNetModel, StableDiffusionControlNetPipeline, UNet2DConditionModel, UNet2DModel
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, IPAdapterAttnProcessor2_0
 from peft import LoraConfig
 
@@ -151,9 +152,9 @@ def test_windows_see_their_part_of_the_regions(unet, text):
     windows = torch.randn(plan.count, 4, 16, 16, generator=torch.Generator().manual_seed(3))
     with regional(unet, text, regions) as prompts:
         prompts.base(text("stone"), text("the water"))
-        prompts.at(plan, rows)
+        prompts.set_windows(plan, rows)
         both = unet(windows.repeat(2, 1, 1, 1), 500, text("").repeat(2 * plan.count, 1, 1)).sample
-        prompts.at(plan, rows[1:3])
+        prompts.set_windows(plan, rows[1:3])
         some = unet(windows[1:3], 500, text("", "")).sample
     uncond, cond = both.chunk(2)
     assert error(some, cond[1:3]) < 1e-4
@@ -178,7 +179,7 @@ def watched(unet, inputs=None):
             return (inputs[len(seen)], *args[1:]), kwargs
 
     def remember(attn, args, kwargs, output):
-        seen.append((args[0].clone(), output.clone(), attn.processor.grid))
+        seen.append((args[0].clone(), output.clone(), kwargs["encoder_hidden_states"].grid))
 
     for attn in cross_attention(unet):
         hooks.append(attn.register_forward_pre_hook(replace, with_kwargs=True))
@@ -411,6 +412,25 @@ def test_autocast(unet, text, noise):
     assert error(got, exact) < 2 * error(plain, exact)
 
 
+@pytest.mark.parametrize("backend", ["native", "_native_math"])
+@torch.no_grad()
+def test_attention_backends_of_diffusers(unet, text, noise, backend):
+    """Chosen inside of the block, and before it."""
+    plain, before = unet(noise, 500, text("grass", "grass")).sample, unet.attn_processors
+    try:
+        with regional(unet, text, [Region("grass", box=ALL)]):
+            unet.set_attention_backend(backend)
+            got = [unet(noise, 500, text("", "")).sample]
+            unet.reset_attention_backend()
+            unet.set_attention_backend(backend)
+        with regional(unet, text, [Region("grass", box=ALL)]):
+            got.append(unet(noise, 500, text("", "")).sample)
+            unet.reset_attention_backend()
+    finally:
+        _AttentionBackendRegistry.set_active_backend(AttentionBackendName.NATIVE)
+    assert max(error(one, plain) for one in got) < 1e-4 and unet.attn_processors == before
+
+
 # Put back
 
 
@@ -467,7 +487,9 @@ def test_unknown_processors(unet, text, kind):
     name = [name for name in unet.attn_processors if "attn2" in name][-1]
     unet.set_attn_processor(unet.attn_processors | {name: kind()})
     before = unet.attn_processors
-    with pytest.raises(TypeError, match="^model: expected processors AttnProcessor, .*(Mine|IPAdapter).*unloaded"):
+    with pytest.raises(
+        TypeError, match="^model: expected (processors AttnProcessor, .*Mine|cross-attention to the text)"
+    ):
         with regional(unet, text, []):
             pass
     assert all(unet.attn_processors[name] is processor for name, processor in before.items())
@@ -543,7 +565,7 @@ def test_bad_evaluations(unet, text, noise):
         with pytest.raises(ValueError, match="^encoder_hidden_states: expected 2 prompts, got 3"):
             unet(noise, 500, text("", "", ""))
         with pytest.raises(ValueError, match="^regions: expected a RegionMap, and base prompts set before"):
-            prompts.at(WindowPlan.minimum_coverage(16, 16, 16), torch.tensor([[0, 0]]))
+            prompts.set_windows(WindowPlan.minimum_coverage(16, 16, 16), torch.tensor([[0, 0]]))
     with regional(unet, text, [Region("grass", box=ALL)], classifier_free_guidance=None):
         with pytest.raises(ValueError, match=r"^sample: expected a batch \[uncond, cond\], got 1"):
             unet(noise[:1], 500, text(""))
@@ -555,7 +577,7 @@ def test_bad_evaluations(unet, text, noise):
             unet(noise, 500, text("", ""))
     with regional(unet, text, RegionMap([], 128, 128)) as prompts:
         prompts.base(text("grass"))
-        prompts.at(WindowPlan.minimum_coverage(16, 16, 16), torch.tensor([[0, 0]]))
+        prompts.set_windows(WindowPlan.minimum_coverage(16, 16, 16), torch.tensor([[0, 0]]))
         with pytest.raises(ValueError, match=r"^sample: expected 1 windows of \(16, 16\), or twice as many"):
             unet(noise[:, :, :8], 500, text("", ""))
         with pytest.raises(ValueError, match="^sample: expected conditional windows alone"):

@@ -22,15 +22,15 @@ def encode(texts):
 
 
 def test_each_distinct_prompt_is_there_once():
-    bank = PromptBank(((region("a"), region("b", "no")), (region("a", "no"),)), encode)
+    bank = PromptBank(((region("a"), region("b", "no")), (region("a", "no"),)))
     base = encode(["x", "x", "b"])
-    bank.update(base)
+    bank.update(base, encode)
     assert torch.equal(bank.embeddings, encode(["x", "b", "a", "no"]))
 
 
 def test_rows_that_a_picture_attends_to():
-    bank = PromptBank(((region("a"), region("b", "no"), region("a")), (), (region("x"),)), encode)
-    bank.update(encode(["n", "n", "n", "x", "x", "x"]))  # unconditional, then conditional, as a batch has them
+    bank = PromptBank(((region("a"), region("b", "no"), region("a")), (), (region("x"),)))
+    bank.update(encode(["n", "n", "n", "x", "x", "x"]), encode)  # unconditional, then conditional, as a batch has them
     texts = {tuple(row[0].tolist()): name for row, name in zip(encode(["n", "x", "a", "b", "no"]), "nxab-")}
     names = [texts[tuple(row[0].tolist())] for row in bank.embeddings]
     elements = [(0, 0, False), (3, 0, True), (4, 1, True), (5, 2, True)]
@@ -42,31 +42,31 @@ def test_rows_that_a_picture_attends_to():
 
 
 def test_made_anew_only_when_the_base_prompts_change():
-    bank = PromptBank(((region("a"),),), encode)
+    bank = PromptBank(((region("a"),),))
     base = encode(["x"])
-    bank.update(base)
-    bank.update(base)
-    bank.update(base.clone())
-    assert bank.number == 1
+    bank.update(base, encode)
+    bank.update(base, encode)
+    bank.update(base.clone(), encode)
+    assert bank.version == 1
     base += 1  # the same tensor with other values
-    bank.update(base)
-    assert bank.number == 2 and torch.equal(bank.embeddings[0], base[0])
-    bank.update(base.double())
-    assert bank.number == 3 and bank.embeddings.dtype == torch.float64
+    bank.update(base, encode)
+    assert bank.version == 2 and torch.equal(bank.embeddings[0], base[0])
+    bank.update(base.double(), encode)
+    assert bank.version == 3 and bank.embeddings.dtype == torch.float64
 
 
 def test_tensors_of_inference_mode():
-    bank = PromptBank(((region("a"),),), encode)
+    bank = PromptBank(((region("a"),),))
     with torch.inference_mode():
         base = encode(["x"])
-        bank.update(base)
+        bank.update(base, encode)
         base += 1
-        bank.update(base)
-    assert bank.number == 2
+        bank.update(base, encode)
+    assert bank.version == 2
 
 
 def test_no_regions_need_no_encoder():
-    bank = PromptBank(((),), None)
+    bank = PromptBank(((),))
     bank.update(encode(["x", "y"]))
     assert torch.equal(bank.embeddings, encode(["x", "y"]))
 
@@ -83,7 +83,7 @@ def test_no_regions_need_no_encoder():
 )
 def test_bad_encoders(encoder, error, words):
     with pytest.raises(error, match=f"^{words}"):
-        PromptBank(((region("a"),),), encoder).update(encode(["x"]))
+        PromptBank(((region("a"),),)).update(encode(["x"]), encoder)
 
 
 # The pipeline's encoders

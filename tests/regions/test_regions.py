@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from instantas.regions import MAX_PROMPTS, Region, RegionMap, load_regions
+from instantas.regions import MAX_PROMPTS, Region, RegionMap, load_regions, region_lists
 from instantas.regions.masks import average, feather
 from instantas.sampling.bridging import View
 from instantas.windows import WindowPlan
@@ -229,9 +229,9 @@ def test_weight_below_one_leaves_the_rest_to_the_base():
 
 def test_start_and_end():
     regions = RegionMap([Region("a", box=LEFT, start=0.2), Region("b", box=LEFT, end=0.5)], 64, 64)
-    says = {step: [bool(s) for s in regions.says(step / 10)[0]] for step in range(10)}
-    assert [step for step in says if says[step][0]] == list(range(2, 10))
-    assert [step for step in says if says[step][1]] == list(range(5))
+    counts = {step: [bool(weight) for weight in regions.weights(step / 10)[0]] for step in range(10)}
+    assert [step for step in counts if counts[step][0]] == list(range(2, 10))
+    assert [step for step in counts if counts[step][1]] == list(range(5))
     assert regions.dynamic and torch.equal(regions.shares(0.1)[0, 1], torch.zeros(8, 8))
     assert torch.equal(regions.shares(0.6)[0, 0], 1 - regions.shares(0.6)[0, 1])
 
@@ -424,3 +424,59 @@ def test_preview(tmp_path):
     assert len(colours) > 50
     with pytest.raises(ValueError, match="^path: expected a picture ending"):
         regions.preview(tmp_path / "layout.txt")
+
+
+# What is no region, and embeddings
+
+
+@pytest.mark.parametrize(
+    "regions, words",
+    [
+        ({"prompt": "a", "box": LEFT}, "got the dict {'prompt'"),
+        ([{"prompt": "a", "box": LEFT}], "got as region 1 the dict {'prompt'"),
+        ([Region("a", box=LEFT), {"prompt": "b"}], "got as region 2 the dict"),
+        ([("a", LEFT)], "got as region 1 the str 'a'"),
+        ([Region("a", box=LEFT), ("b", LEFT)], "got as region 2 the tuple"),
+        ([[Region("a", box=LEFT)], [("b", LEFT)]], "got as region 1 of picture 2 the tuple"),
+        ([[Region("a", box=LEFT)], [Region("a", box=LEFT), None]], "got as region 2 of picture 2 the NoneType None"),
+        ([[], {"prompt": "b"}], "got as region 1 the list"),
+        ("a@0,0,1,1", "got the str 'a@0,0,1,1'"),
+        (["a@0,0,1,1"], "got as region 1 the str 'a@0,0,1,1'"),
+        (3, "got the int 3"),
+        (Region, "got the type"),
+    ],
+)
+def test_what_is_no_list_of_regions(regions, words):
+    with pytest.raises(TypeError, match=f"^regions: expected a list of Region.*{words}"):
+        region_lists(regions)
+
+
+def test_lists_of_regions():
+    a, b = (Region(word, box=LEFT) for word in "ab")
+    assert region_lists(a) == region_lists([a]) == region_lists((a,)) == region_lists(iter([a])) == ((a,),)
+    assert region_lists([[a, b], (), [b]]) == ((a, b), (), (b,)) and region_lists([]) == ((),)
+
+
+@pytest.mark.parametrize(
+    "change, error, words",
+    [
+        (dict(embeds=None), TypeError, "prompt: expected a string or embeds, got neither"),
+        (dict(embeds=[0.0]), TypeError, r"embeds: expected a tensor of floats \(L, D\), got <class 'list'>"),
+        (dict(embeds=torch.zeros(2, 3, dtype=torch.int64)), TypeError, "embeds: expected a tensor of floats .*int64"),
+        (dict(embeds=torch.zeros(2, 2, 3)), ValueError, r"embeds: expected \(L, D\) or \(1, L, D\), got \(2, 2, 3\)"),
+        (dict(embeds=torch.zeros(3)), ValueError, r"embeds: expected \(L, D\) or \(1, L, D\), got \(3,\)"),
+        (dict(embeds=torch.zeros(0, 3)), ValueError, r"embeds: expected \(L, D\)"),
+        (dict(embeds=torch.full((2, 3), float("nan"))), ValueError, "embeds: expected finite values"),
+        (dict(negative_embeds=torch.zeros(3)), ValueError, r"negative_embeds: expected \(L, D\)"),
+    ],
+)
+def test_bad_embeddings(change, error, words):
+    with pytest.raises(error, match=f"^{words}"):
+        Region(**dict(box=LEFT, embeds=torch.zeros(2, 3)) | change)
+
+
+def test_embeddings_in_place_of_text():
+    embeds = torch.randn(2, 3)
+    region = Region("a label", box=LEFT, embeds=embeds[None], negative_prompt="no")
+    assert torch.equal(region.positive, embeds) and region.negative == "no"
+    assert Region("a", box=LEFT).positive == "a" and Region("a", box=LEFT).negative is None

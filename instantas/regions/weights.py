@@ -1,0 +1,151 @@
+"""Who attends to which prompt, and how much: rows of the bank and their weights at every resolution of a network."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from instantas.regions import RegionMap
+from instantas.regions.masks import average
+from instantas.regions.prompts import PromptBank
+from instantas.windows import WindowPlan
+
+
+class Place(NamedTuple):
+    """Which windows a batch is of, and when.
+
+    Attributes:
+        plan: the windows.
+        rows: (m, 2) int64 on the CPU, the (picture, window) of each.
+        origins: (m, 2) int32 on the regions' device, the (y, x) of each.
+        progress: step / steps.
+        view: what the windows are cut from (`instantas.sampling.bridging.View`); None: the canvas.
+        captured: whether the evaluation is captured in a CUDA graph.
+    """
+
+    plan: WindowPlan
+    rows: torch.Tensor
+    origins: torch.Tensor
+    progress: float = 0.0
+    view: object = None
+    captured: bool = False
+
+    @classmethod
+    def whole(cls, pictures: int, size: tuple[int, int], progress: float, device: torch.device) -> Place:
+        """So many whole canvases of (rows, columns) cells."""
+        rows = torch.stack([torch.arange(pictures), torch.zeros(pictures, dtype=torch.int64)], dim=1)
+        origins = torch.zeros(pictures, 2, dtype=torch.int32, device=device)
+        return cls(WindowPlan.minimum_coverage(*size, size), rows, origins, progress)
+
+
+class Layout(NamedTuple):
+    """What the elements of a batch attend to.
+
+    Attributes:
+        ids: (B, S) int32, rows of the bank; -1: none.
+        weights: (h, w) -> (B, S, h w) float32 for the sizes of the feature maps, the batch's own first.
+    """
+
+    ids: torch.Tensor
+    weights: dict[tuple[int, int], torch.Tensor]
+
+    def weights_at(self, grid: tuple[int, int]) -> torch.Tensor:
+        """(B, S, h w): the weight of each prompt in `ids` at the queries of a feature map."""
+        if grid in self.weights:
+            return self.weights[grid]
+        whole = next(iter(self.weights))
+        return torch.nn.functional.adaptive_avg_pool2d(self.weights[whole].unflatten(-1, whole), grid).flatten(2)
+
+
+class PromptWeights:
+    """Lays out the shares of a `RegionMap` over the prompts of a bank; what does not change is kept.
+
+    Args:
+        joint: whether the prompts share one softmax, in which a prompt that is repeated in the bank counts that often.
+    """
+
+    def __init__(self, regions: RegionMap, bank: PromptBank, joint: bool = False):
+        self.regions, self.bank, self.joint = regions, bank, joint
+        self._layout: Layout | None = None
+        self._laid_out: tuple | None = None
+        self._placed: dict[tuple, tuple] = {}
+
+    def layout(
+        self, place: Place, batch: torch.Size, device: torch.device, base: tuple[int, int] | None = None
+    ) -> Layout:
+        """The layout of a batch [uncond, cond] of the place's windows, or [cond].
+
+        What is captured is laid out by the graph itself, every time.
+
+        Args:
+            batch: (B, C, h, w).
+            base: (pictures, branches) of which the bank has base prompts, branches with the conditional one first;
+                None: it has those of the batch's elements.
+
+        Raises:
+            ValueError: for a batch that is not of the windows, and for numbers of pictures that do not fit.
+        """
+        (h, w), elements, windows = tuple(batch[-2:]), batch[0], len(place.rows)
+        branches = elements // windows
+        if place.plan.window != (h, w) or elements != branches * windows or branches not in (1, 2):
+            raise ValueError(
+                f"sample: expected {windows} windows of {place.plan.window}, or twice as many with the unconditional "
+                f"ones first, got {elements} of {(h, w)}"
+            )
+        weights = self.regions.weights(place.progress)
+        where = self.bank.version, place.plan, place.rows.tolist(), place.view, weights, branches, device
+        laid_out = *where, base, torch.is_inference_mode_enabled()  # whose tensors are of no use outside of it
+        if self._layout is None or self._laid_out != laid_out or place.captured:
+            self._layout = self._made(place, (h, w), branches, device, base)
+            self._laid_out = None if place.captured else laid_out
+        return self._layout
+
+    def _made(self, place, grid, branches, device, base):
+        ids, slots, lists = self._attended(place.rows, branches, device, base)
+        shares = self.regions.windows_at(place.plan, lists, place.origins, place.progress, place.view)
+        shares = shares.to(device).repeat(branches, 1, 1, 1)
+        weights, levels = torch.einsum("brs,brhw->bshw", slots, shares.double()).float().contiguous(), {}
+        while grid not in levels:
+            levels[grid] = weights.flatten(2)
+            weights = average(weights, 2)
+            grid = tuple(weights.shape[-2:])
+        return Layout(ids, levels)
+
+    def _attended(self, rows, branches, device, base):
+        """On the device: the ids, the slots of the regions in them as one-hot rows, the list of each row's picture."""
+        pictures = len(rows) if base is None else base[0]
+        if pictures % self.regions.pictures:
+            raise ValueError(
+                f"regions: expected one list, or one for each of {pictures} pictures, got {self.regions.pictures}"
+            )
+        placed = self.bank.version, tuple(rows[:, 0].tolist()), branches, device, base
+        placed += (torch.is_inference_mode_enabled(),)
+        if placed not in self._placed:
+            if any(version != self.bank.version for version, *_ in self._placed):
+                self._placed.clear()
+            lists = rows[:, 0] * self.regions.pictures // pictures
+            elements = _elements(rows[:, 0].tolist(), lists.tolist(), branches, base)
+            ids, slots = self.bank.attended(elements, self.regions.masks.shape[1])
+            # float64: products with 0 and 1, which no reduced precision of matrix products may round
+            slots = torch.nn.functional.one_hot(slots, ids.shape[1]).double()
+            if self.joint:
+                slots /= torch.tensor(self.bank.repeats, dtype=torch.float64)[ids.clamp(min=0)][:, None]
+            self._placed[placed] = ids.to(device), slots.to(device), lists.to(self.regions.masks.device)
+        return self._placed[placed]
+
+
+def _elements(pictures, lists, branches, base):
+    """(base prompt, list of regions, whether conditional) of each element of the batch."""
+    if base is not None and base[1] < branches:
+        raise ValueError("sample: expected conditional windows alone, as there is no negative prompt")
+    elements = []
+    for branch in range(branches):
+        conditional = branch == branches - 1
+        for row, (picture, regions) in enumerate(zip(pictures, lists)):
+            if base is None:
+                prompt = branch * len(pictures) + row
+            else:
+                prompt = picture if conditional else base[0] + picture
+            elements.append((prompt, regions, conditional))
+    return elements
