@@ -13,7 +13,15 @@ FLASH = 1024  # queries, of flash attention, which keeps no logits
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
-def regional_attention(query, key, value, prompt_ids, weights, joint, scale):
+def regional_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    prompt_ids: torch.Tensor,
+    weights: torch.Tensor,
+    joint: bool,
+    scale: float,
+) -> torch.Tensor:
     """Each query attends to the prompts of its region. Shapes and modes as in `instantas.ops.regional_attention`."""
     query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
     out = torch.empty_like(query)
@@ -39,7 +47,16 @@ def regional_attention(query, key, value, prompt_ids, weights, joint, scale):
     return out
 
 
-def regional_attention_backward(grad, query, key, value, prompt_ids, weights, joint, scale):
+def regional_attention_backward(
+    grad: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    prompt_ids: torch.Tensor,
+    weights: torch.Tensor,
+    joint: bool,
+    scale: float,
+) -> tuple[torch.Tensor, ...]:
     """The gradients of query, key and value; probabilities are computed again, all in the type of the arithmetic."""
     wide = _wide(query.dtype)
     grad_query, grad_key, grad_value = (t.new_zeros(t.shape, dtype=wide) for t in (query, key, value))

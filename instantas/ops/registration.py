@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from instantas.ops import reference
@@ -34,7 +36,7 @@ for _name, _schema in SCHEMAS.items():
     _library.impl(_name, _dispatcher(_name), "CompositeExplicitAutograd")
 
 
-def weight_total(weight, tables, geometry):
+def weight_total(weight: torch.Tensor, tables: Sequence[torch.Tensor], geometry: list[int]) -> torch.Tensor:
     """(height, width): the sum of the overlap weights over each cell."""
     origins = tables[0]
     n, (h, w) = origins.shape[0], geometry[2:4]
