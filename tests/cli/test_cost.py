@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -134,7 +135,7 @@ def test_latents_outlive_what_could_not_become_a_picture(refused, monkeypatch, p
         assert sorted(os.listdir()) == ["a.latents.safetensors", "whole.png"]
     assert "a.latents.safetensors', which exists" in refused("generate", "lava", "--size", "8x8", "-o", "a.png")
     main(["generate", "--resume", "a.latents.safetensors", "-o", "a.png"])
-    assert open("a.png", "rb").read() == open("whole.png", "rb").read()
+    assert Path("a.png").read_bytes() == Path("whole.png").read_bytes()
 
 
 def test_memory_that_runs_out_while_painting_is_a_line(refused, monkeypatch):
