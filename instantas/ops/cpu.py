@@ -37,8 +37,8 @@ def regional_attention(
         for rows in _chunks((share > 0) & (regions.count == 1), FLASH if half else CHUNK):
             flash = half and len(rows) >= CHUNK
             dtype = query.dtype if flash else wide
-            operands = (t.to(dtype) for t in (_take(queries, rows), key[prompt], value[prompt]))
-            _put(results, rows, _flash_attend(*operands, scale) if flash else _attend(*operands, scale))
+            q, k, v = (t.to(dtype) for t in (_take(queries, rows), key[prompt], value[prompt]))
+            _put(results, rows, _flash_attend(q, k, v, scale) if flash else _attend(q, k, v, scale))
     several = regions.count > 1
     if several.any():
         rows = _numbers(several)

@@ -260,6 +260,7 @@ class RegionMap:
         share = SCHEDULES[self.semantic_schedule](progress)
         return tuple(tuple(share * r.weight * (r.start <= progress < r.end) for r in regions) for regions in self.lists)
 
+    @torch.inference_mode(False)  # they are kept, and may be asked for again where there are gradients
     def shares(self, progress: float = 0.0) -> torch.Tensor:
         """(pictures, 1 + R, rows, columns) float32: the base prompt's share and the regions' at a point of the run."""
         weights = self.weights(progress)

@@ -208,6 +208,17 @@ def shares(regions, progress=0.0, **settings):
     return RegionMap(regions, 64, 128, **settings).shares(progress)[0]
 
 
+@pytest.mark.parametrize("made_inside", [False, True])
+def test_shares_asked_for_in_inference_mode_hold_outside(made_inside):
+    regions = None if made_inside else RegionMap([Region("a", box=(0.0, 0.0, 0.5, 1.0))], 64, 64)
+    with torch.inference_mode():
+        regions = regions or RegionMap([Region("a", box=(0.0, 0.0, 0.5, 1.0))], 64, 64)
+        regions.windows(WindowPlan.minimum_coverage(8, 8, 4), torch.tensor([[0, 1]]))
+    gain = torch.ones((), requires_grad=True)
+    (gain * regions.shares()).sum().backward()
+    assert gain.grad == 64
+
+
 def test_base_prompt_takes_what_no_region_covers():
     base, left = shares([Region("a", box=LEFT)])
     assert torch.equal(left, torch.from_numpy(half(8, 16))) and torch.equal(base, 1 - left)
