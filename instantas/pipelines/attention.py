@@ -47,13 +47,26 @@ class RegionalPrompts:
         regions: the `RegionMap`; None until the first evaluation tells the size.
     """
 
-    def __init__(self, module, regions, *, pipe, encode, mode, guided, scheduler, settings):
+    def __init__(
+        self,
+        module: Any,
+        regions: Any,
+        *,
+        pipe: Any,
+        encode: Any,
+        mode: str,
+        guided: bool | None,
+        scheduler: Any,
+        settings: dict | None,
+    ):
         self.module, self.mode = module, mode
-        self.regions = regions if isinstance(regions, RegionMap) else None
+        self.regions: Any = regions if isinstance(regions, RegionMap) else None
         self.bank = PromptBank(self.regions.lists if self.regions else region_lists(regions))
         self._pipe, self._encode, self._guided, self._scheduler = pipe, encode, guided, scheduler
         self._settings, self._progress, self._lock = settings, Progress(), threading.RLock()
-        self._base = self._place = self._weights = None
+        self._base: tuple[int, int] | None = None
+        self._place: Place | None = None
+        self._weights: PromptWeights | None = None
         self._projected: dict[Attention, tuple] = {}
 
     def base(self, prompt_embeds: torch.Tensor, negative_prompt_embeds: torch.Tensor | None = None) -> None:

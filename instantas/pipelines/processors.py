@@ -69,7 +69,14 @@ class RegionalAttnProcessor:
     def __init__(self, plain: Callable, number: int):
         self.plain, self.number = plain, number
 
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None):
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: Any = None,
+        attention_mask: torch.Tensor | None = None,
+        temb: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         if not isinstance(encoder_hidden_states, Attended):
             return self.plain(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
         out = self.attend(attn, self.query(attn, hidden_states), encoder_hidden_states)
@@ -105,14 +112,14 @@ class RegionalIPAdapterAttnProcessor(RegionalAttnProcessor, IPAdapterAttnProcess
 
     def __call__(
         self,
-        attn,
-        hidden_states,
-        encoder_hidden_states=None,
-        attention_mask=None,
-        temb=None,
-        scale=1.0,
-        ip_adapter_masks=None,
-    ):
+        attn: Attention,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: Any = None,
+        attention_mask: torch.Tensor | None = None,
+        temb: torch.Tensor | None = None,
+        scale: float = 1.0,
+        ip_adapter_masks: Any = None,
+    ) -> torch.Tensor:
         prompts = encoder_hidden_states[0] if isinstance(encoder_hidden_states, tuple) else None
         if not isinstance(prompts, Attended):
             given = encoder_hidden_states, attention_mask, temb, scale, ip_adapter_masks

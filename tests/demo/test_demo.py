@@ -240,7 +240,7 @@ def test_nothing_is_left_of_a_training_that_fails(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("module", ["train", "materials", "judge"])
+@pytest.mark.parametrize("module", ["train", "training.materials", "judge"])
 def test_what_is_missing_is_named(module):
     code = f"import sys; sys.modules['skimage'] = None; import instantas.demo.{module} as m; m.train('x', minutes=1)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
