@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from instantas.pipelines.arguments import is_xl
+from instantas.regions.prompts import EMBEDDING
 from instantas.sampling.sampler import StepContext
 
 
@@ -54,14 +55,15 @@ def embed(
     if isinstance(prompt, list) and isinstance(negative, str):
         texts = texts | {"negative_prompt": [negative] * len(prompt)}
     given = {"prompt": None} | {name: value for name, value in texts.items() if value is not None}
-    embeds, negative, *pooled = pipe.encode_prompt(
-        **given,
-        device=pipe._execution_device,
-        num_images_per_prompt=copies,
-        do_classifier_free_guidance=guided,
-        lora_scale=lora_scale,
-        clip_skip=clip_skip,
-    )
+    with EMBEDDING:
+        embeds, negative, *pooled = pipe.encode_prompt(
+            **given,
+            device=pipe._execution_device,
+            num_images_per_prompt=copies,
+            do_classifier_free_guidance=guided,
+            lora_scale=lora_scale,
+            clip_skip=clip_skip,
+        )
     if not guided:
         return Prompts(embeds, None, *pooled[:1]).to(pipe.unet.dtype)
     if embeds.shape != negative.shape:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,6 +11,9 @@ from typing import Any
 import torch
 
 from instantas.regions import Region
+
+EMBEDDING = threading.RLock()
+"""One thread at a time: each call sets on its tokenizer how it pads and truncates. Nothing waits while it is held."""
 
 
 class PromptBank:
@@ -143,7 +147,7 @@ class PipelineEncoder:
     lora_scale: float | None = None
 
     def __call__(self, texts: list[str]) -> torch.Tensor:
-        with torch.no_grad():
+        with EMBEDDING, torch.no_grad():
             return self.pipe.encode_prompt(
                 prompt=texts,
                 device=self.pipe._execution_device,
@@ -183,7 +187,8 @@ def warn_of_cut(pipe: Any, texts: list[str]) -> None:
     found: list[Any] = [getattr(pipe, name, None) for name in ("tokenizer", "tokenizer_2")]
     for tokenizer in found:
         for text in texts if tokenizer is not None else ():
-            ids, limit = tokenizer(text, verbose=False).input_ids, tokenizer.model_max_length
+            with EMBEDDING:
+                ids, limit = tokenizer(text, verbose=False).input_ids, tokenizer.model_max_length
             if len(ids) > limit:
                 cut = tokenizer.decode(ids[limit - 1 : -1]).strip()
                 warnings.warn(
