@@ -73,11 +73,13 @@ def _window_cases(name, dtype, plan):
     inputs = torch.zeros(2, plan.count, 4, *plan.window, dtype=dtype)
     tables, weight = plan.tables(canvas.device), plan.weight("gaussian")
     map_ = torch.ones(plan.height, plan.width)
-    keep = torch.zeros(2, dtype=torch.float64)
+    pair = torch.zeros(2, dtype=torch.float64)
 
-    def guided(k, uncond, guidance_map):
-        coefficients, history = torch.zeros(2 + k, dtype=torch.float64), canvas.new_zeros(k, *canvas.shape)
-        arguments = inputs, uncond, canvas, weight, history, coefficients, keep, 7.5, guidance_map
+    def guided(k, uncond, guidance_map, branches=0):
+        coefficients = torch.zeros(2 + k, dtype=torch.float64)
+        history, latest = (canvas.new_zeros(entries, *canvas.shape) for entries in (k, branches))
+        state = history, latest, coefficients, pair, pair
+        arguments = inputs, uncond, canvas, weight, *state, 7.5, guidance_map
         return lambda: step.guided_step(*arguments, *tables, plan.geometry)
 
     yield name, lambda: windows.gather_windows(canvas, *tables, plan.geometry)
@@ -87,6 +89,8 @@ def _window_cases(name, dtype, plan):
     yield f"{name} k=0 unguided", guided(0, None, None)
     yield f"{name} k=2 guided", guided(2, inputs, None)
     yield f"{name} k=3 map", guided(3, inputs, map_)
+    yield f"{name} k=0 unguided, latest", guided(0, None, None, 1)
+    yield f"{name} k=3 map, latest", guided(3, inputs, map_, 2)
 
 
 def _attention_case(dtype, depth, joint):

@@ -100,27 +100,30 @@ struct ScatterCall {
 };
 
 struct StepCall {
-  Tensor cond, sample, history, coefficients, keep;
+  Tensor cond, sample, history, latest, coefficients, keep, carry;
   OptionalTensor uncond, weight, guidance_map;
   double guidance_scale;
-  Tensor new_sample, new_history;
+  Tensor new_sample, new_history, new_latest;
 
   StepCall(const Tensor& cond, const OptionalTensor& uncond, const Tensor& sample, const OptionalTensor& weight,
-           const Tensor& history, const Tensor& coefficients, const Tensor& keep, double guidance_scale,
-           const OptionalTensor& guidance_map)
+           const Tensor& history, const Tensor& latest, const Tensor& coefficients, const Tensor& keep,
+           const Tensor& carry, double guidance_scale, const OptionalTensor& guidance_map)
       : cond(packed(cond)),
         sample(packed(sample)),
         history(packed(history)),
+        latest(packed(latest)),
         coefficients(packed(coefficients)),
         keep(packed(keep)),
+        carry(packed(carry)),
         uncond(uncond ? OptionalTensor(packed(*uncond)) : std::nullopt),
         weight(packed_arithmetic(weight, sample)),
         guidance_map(packed_arithmetic(guidance_map, sample)),
         guidance_scale(guidance_scale),
         new_sample(torch::stable::new_empty(sample, sample.sizes())),
-        new_history(torch::stable::new_empty(history, history.sizes())) {}
+        new_history(torch::stable::new_empty(history, history.sizes())),
+        new_latest(torch::stable::new_empty(latest, latest.sizes())) {}
 
-  std::tuple<Tensor, Tensor> results() const { return {new_sample, new_history}; }
+  std::tuple<Tensor, Tensor, Tensor> results() const { return {new_sample, new_history, new_latest}; }
 
   template <class T>
   Step<T> step() const {
@@ -129,24 +132,29 @@ struct StepCall {
             data<T>(uncond),
             data<T>(sample),
             data<T>(history),
+            data<T>(latest),
             mutable_data<T>(new_sample),
             mutable_data<T>(new_history),
+            mutable_data<T>(new_latest),
             data<A>(weight),
             data<A>(guidance_map),
             weight_stride(weight),
             sample.numel(),
             static_cast<A>(guidance_scale),
-            {data<double>(coefficients), data<double>(keep), static_cast<int>(history.size(0))}};
+            {data<double>(coefficients), data<double>(keep), data<double>(carry), static_cast<int>(history.size(0))},
+            uncond.has_value(),
+            latest.size(0) > 0};
   }
 };
 
 Tensor gather_windows(Tensor canvas, Tensor origins, Tensor cover_start, Tensor cover_index, Geometry geometry);
 Tensor scatter_windows(Tensor windows, OptionalTensor weight, Tensor origins, Tensor cover_start, Tensor cover_index,
                        Geometry geometry, bool normalize);
-std::tuple<Tensor, Tensor> guided_step(Tensor cond, OptionalTensor uncond, Tensor sample, OptionalTensor weight,
-                                       Tensor history, Tensor coefficients, Tensor keep, double guidance_scale,
-                                       OptionalTensor guidance_map, Tensor origins, Tensor cover_start,
-                                       Tensor cover_index, Geometry geometry);
+std::tuple<Tensor, Tensor, Tensor> guided_step(Tensor cond, OptionalTensor uncond, Tensor sample, OptionalTensor weight,
+                                               Tensor history, Tensor latest, Tensor coefficients, Tensor keep,
+                                               Tensor carry, double guidance_scale, OptionalTensor guidance_map,
+                                               Tensor origins, Tensor cover_start, Tensor cover_index,
+                                               Geometry geometry);
 Tensor regional_attention(Tensor query, Tensor key, Tensor value, Tensor prompt_ids, Tensor weights, bool joint,
                           double scale);
 std::tuple<Tensor, Tensor, Tensor> regional_attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value,

@@ -6,7 +6,8 @@
 
 namespace instantas {
 
-template <class T, int WIDTH, bool GUIDED>
+// KEEPS: the predictions are kept, and taken from those of before in cells that no window covers.
+template <class T, int WIDTH, bool GUIDED, bool KEEPS>
 __global__ void step_kernel(Step<T> step, Plan plan) {
   constexpr int CHANNELS = CHANNELS_OF_THREAD<WIDTH>, SOURCES = GUIDED ? 2 : 1;
   const Cells<WIDTH, CHANNELS> cells(plan);
@@ -20,6 +21,8 @@ __global__ void step_kernel(Step<T> step, Plan plan) {
   const double* coefficients = step.update.coefficients;
   const float a = static_cast<float>(coefficients[0]), b = static_cast<float>(coefficients[1]);
   const float d = static_cast<float>(step.update.keep[0]), e = static_cast<float>(step.update.keep[1]);
+  const float p = KEEPS ? static_cast<float>(step.update.carry[0]) : 0.0f;
+  const float q = KEEPS ? static_cast<float>(step.update.carry[1]) : 1.0f;
   float guidance[WIDTH];
 #pragma unroll
   for (int i = 0; i < WIDTH; ++i) guidance[i] = step.guidance;
@@ -37,16 +40,32 @@ __global__ void step_kernel(Step<T> step, Plan plan) {
       for (int i = 0; i < WIDTH; ++i) history[i] += coefficient * widen(past.element[i]);
       if (j + 1 < step.update.history) store<WIDTH>(step.new_history + (j + 1) * step.history_stride + offset, past);
     }
-    Pack<T, WIDTH> newest, advanced;
+    Pack<T, WIDTH> newest, advanced, kept[SOURCES];
+    if (KEEPS)
+#pragma unroll
+      for (int s = 0; s < SOURCES; ++s) kept[s] = load<WIDTH>(step.latest + s * step.history_stride + offset);
 #pragma unroll
     for (int i = 0; i < WIDTH; ++i) {
-      float merged = total[0][c][i] / norm[i];
-      if (GUIDED) merged = guided(merged, total[SOURCES - 1][c][i] / norm[i], guidance[i]);
       const float x = widen(sample.element[i]);
+      float mean[SOURCES];
+#pragma unroll
+      for (int s = 0; s < SOURCES; ++s) {
+        mean[s] = total[s][c][i] / norm[i];
+        if (KEEPS) {
+          if (norm[i] > 0)
+            kept[s].element[i] = narrow<T>(combined(p, x, q, mean[s]));
+          else
+            mean[s] = recalled(p, x, q, widen(kept[s].element[i]));
+        }
+      }
+      const float merged = GUIDED ? guided(mean[0], mean[SOURCES - 1], guidance[i]) : mean[0];
       newest.element[i] = narrow<T>(combined(d, x, e, merged));
       advanced.element[i] = narrow<T>(combined(a, x, b, merged) + history[i]);
     }
     if (step.update.history > 0) store<WIDTH>(step.new_history + offset, newest);
+    if (KEEPS)
+#pragma unroll
+      for (int s = 0; s < SOURCES; ++s) store<WIDTH>(step.new_latest + s * step.history_stride + offset, kept[s]);
     store<WIDTH>(step.new_sample + offset, advanced);
   }
 }

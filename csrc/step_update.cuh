@@ -17,23 +17,32 @@ INSTANTAS_INLINE A combined(A of_sample, A sample, A of_merged, A merged) {
   return of_sample * sample + of_merged * merged;
 }
 
-// The scheduler's numbers: coefficients a, b, c_1 .. c_k and keep d, e, always given in float64.
+// What is kept of a prediction m, p x + q m, and the prediction that was kept.
+template <class A>
+INSTANTAS_INLINE A recalled(A p, A sample, A q, A kept) {
+  return (kept - p * sample) / q;
+}
+
+// The scheduler's numbers: coefficients a, b, c_1 .. c_k keep d, e and carry p, q, always given in float64.
 struct Update {
   const double* coefficients;
   const double* keep;
+  const double* carry;
   int history;  // k
 };
 
 // The arguments of guided_step, and the results that it fills.
 template <class T>
 struct Step {
-  const T *cond, *uncond, *sample, *history;  // uncond: nullptr where there is no guidance
-  T *new_sample, *new_history;
+  const T *cond, *uncond, *sample, *history, *latest;
+  T *new_sample, *new_history, *new_latest;
   const arithmetic_t<T>*weight, *guidance_map;
   int64_t weight_stride;   // elements from one window's overlap weight to the next one's
-  int64_t history_stride;  // elements of one history entry
+  int64_t history_stride;  // elements of one history entry, and of one branch of latest
   arithmetic_t<T> guidance;
   Update update;
+  bool is_guided;  // whether there is uncond
+  bool keeps;      // whether there is latest
 };
 
 }  // namespace instantas

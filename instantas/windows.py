@@ -76,7 +76,7 @@ def _strided_origins(length: int, window: int, stride: int, wrap: bool) -> np.nd
 
 @dataclass(frozen=True, eq=False)
 class WindowPlan:
-    """Windows of one size that together cover every cell of a canvas.
+    """Windows of one size that together cover every cell of a canvas, or, of a partial plan, some.
 
     Args:
         height, width: the canvas, in cells.
@@ -84,13 +84,16 @@ class WindowPlan:
         origins: (n, 2) integers, the (y, x) of each window's upper left cell. On an axis that does not wrap,
             0 <= origin <= length - window; on one that wraps, origins are taken modulo the length.
         wrap: (vertical, horizontal): whether the axis is a circle, so that a window may cross its border.
+        partial: whether cells may be left uncovered, for which `ops.guided_step` takes the latest prediction; there may
+            be no window at all.
 
     Attributes:
         count: number of windows: network evaluations per step and branch.
+        partial: whether a cell is left uncovered.
 
     Raises:
         TypeError, ValueError: for sizes that are not positive integers, windows outside the canvas, and for origins
-            that leave a cell uncovered. A plan that exists covers its canvas.
+            that leave a cell uncovered where `partial` does not allow it.
 
     Plans compare and hash by value. `minimum_coverage` and `strided` make the two usual ones.
     """
@@ -100,6 +103,7 @@ class WindowPlan:
     window: tuple[int, int]
     origins: np.ndarray
     wrap: tuple[bool, bool] = (False, False)
+    partial: bool = False
     count: int = field(init=False, repr=False)
     _tables: dict[torch.device, PlanTables] = field(init=False, repr=False)
 
@@ -113,15 +117,16 @@ class WindowPlan:
         if (np.array(self.window) > size).any():
             raise ValueError(f"window: expected at most the canvas ({self.height}, {self.width}), got {self.window}")
         given = np.asarray(self.origins)
-        if given.ndim != 2 or given.shape[1] != 2 or given.shape[0] == 0:
-            raise ValueError(f"origins: expected shape (n, 2) with n >= 1, got {given.shape}")
+        least = 0 if flag("partial", self.partial) else 1
+        if given.ndim != 2 or given.shape[1] != 2 or given.shape[0] < least:
+            raise ValueError(f"origins: expected shape (n, 2) with n >= {least}, got {given.shape}")
         if not np.issubdtype(given.dtype, np.integer):
             raise TypeError(f"origins: expected integers, got {given.dtype}")
         origins = given.astype(np.int64)
         for axis, (length, window, wraps) in enumerate(zip(size, self.window, self.wrap)):
             if wraps:
                 origins[:, axis] %= length
-            elif origins[:, axis].min() < 0 or origins[:, axis].max() > length - window:
+            elif len(origins) and (origins[:, axis].min() < 0 or origins[:, axis].max() > length - window):
                 raise ValueError(
                     f"origins: expected 0 to {length - window} on axis {axis}, which does not wrap, "
                     f"got {origins[:, axis].min()} to {origins[:, axis].max()}"
@@ -130,17 +135,19 @@ class WindowPlan:
         put("origins", origins)
         put("count", len(origins))
         axes = self._axes()
-        if _leaves_holes(*axes):
+        holes = _leaves_holes(*axes)
+        if holes and not self.partial:
             uncovered = np.argwhere(self.coverage() == 0)
             y, x = uncovered[0]
             raise ValueError(f"origins: expected every cell covered, got {len(uncovered)} uncovered, first ({y}, {x})")
+        put("partial", holes)
         # at once: made at first use they could be made inside of a mode, and hold for nothing outside of it
         arrays = (origins, *_covering_windows(*axes))
         with outside_of_modes():
             put("_tables", {_CPU: PlanTables(*(torch.from_numpy(np.array(a, dtype=np.int32)) for a in arrays))})
 
     def __reduce__(self):
-        return type(self), (self.height, self.width, self.window, self.origins, self.wrap)
+        return type(self), (self.height, self.width, self.window, self.origins, self.wrap, self.partial)
 
     @classmethod
     def minimum_coverage(
@@ -201,10 +208,25 @@ class WindowPlan:
         xs: Sequence[int] | np.ndarray,
         *,
         wrap: bool | tuple[bool, bool] = (False, False),
+        partial: bool = False,
     ) -> WindowPlan:
         """A window at every (y, x) of ys times xs, row by row."""
         origins = np.stack([np.repeat(ys, len(xs)), np.tile(xs, len(ys))], axis=1)
-        return cls(height, width, pair("window", window, positive), origins, pair("wrap", wrap, flag))
+        return cls(height, width, pair("window", window, positive), origins, pair("wrap", wrap, flag), partial)
+
+    def subset(self, chosen: Sequence[bool] | np.ndarray | torch.Tensor) -> WindowPlan:
+        """The plan of some of the windows, which may be partial.
+
+        Args:
+            chosen: (n,) booleans, or indices.
+
+        Raises:
+            ValueError, IndexError: for anything else.
+        """
+        chosen = np.asarray(chosen, dtype=None if len(chosen) else np.int64)
+        if chosen.dtype == bool and chosen.shape != (self.count,):
+            raise ValueError(f"chosen: expected ({self.count},) booleans, got {chosen.shape}")
+        return WindowPlan(self.height, self.width, self.window, self.origins[chosen], self.wrap, partial=True)
 
     @property
     def lower_bound(self) -> int:
@@ -296,9 +318,10 @@ class WindowPlan:
         return hash(self._key())
 
     def __repr__(self):
-        wrap = f", wrap={self.wrap}" if any(self.wrap) else ""
+        more = f", wrap={self.wrap}" if any(self.wrap) else ""
+        more += ", partial" if self.partial else ""
         size = f"{self.height}x{self.width}"
-        return f"WindowPlan({size}, {self.count} windows of {self.window}, overlap {self.overlap:.2f}{wrap})"
+        return f"WindowPlan({size}, {self.count} windows of {self.window}, overlap {self.overlap:.2f}{more})"
 
 
 class _Axis(NamedTuple):
@@ -348,7 +371,7 @@ def _covering_windows(rows: _Axis, columns: _Axis) -> tuple[np.ndarray, np.ndarr
     which = columns.which[window]
     count = columns.counts[which]
     pairs = count.cumsum()
-    across = columns.tile[np.arange(pairs[-1]) + np.repeat(columns.firsts[which] - pairs + count, count)]
+    across = columns.tile[np.arange(count.sum()) + np.repeat(columns.firsts[which] - pairs + count, count)]
     tile = np.repeat(down * columns.touches.shape[1], count) + across
     start = np.bincount(tile + 1, minlength=rows.touches.shape[1] * columns.touches.shape[1] + 1).cumsum()
     return start, np.repeat(window, count)[np.argsort(tile, kind="stable")]

@@ -36,14 +36,25 @@ def _add(merged, unguided, norm, cond, uncond, weight, offset, x0, x, width, w, 
 
 
 @triton.jit
+def _keep(mean, norm, sample, carry, latest, new_latest, offset, inside):
+    """The mean where a window covers the cell, else the prediction that was kept; what is kept of it goes on."""
+    p, q = tl.load(carry).to(tl.float32), tl.load(carry + 1).to(tl.float32)
+    old = tl.load(latest + offset, inside, other=0).to(tl.float32)
+    tl.store(new_latest + offset, tl.where(norm > 0, p * sample + q * mean, old), inside)
+    return tl.where(norm > 0, mean, tl.div_rn(old - p * sample, q))
+
+
+@triton.jit
 def _step_kernel(
     cond,
     uncond,
     sample,
     weight,
     history,
+    latest,
     coefficients,
     keep,
+    carry,
     guidance,
     guidance_map,
     origins,
@@ -51,6 +62,7 @@ def _step_kernel(
     cover_index,
     new_sample,
     new_history,
+    new_latest,
     history_stride,
     n,
     channels,
@@ -87,17 +99,24 @@ def _step_kernel(
                 merged, unguided, norm, cond, uncond, weights, source, x0, x, width, w, inside_c, inside_y
             )
 
-    merged = tl.div_rn(merged, norm)
+    inside = (c < channels) & on_canvas
+    offset = ((image * channels + c) * height + y) * width + x
+    value = tl.load(sample + offset, inside, other=0).to(tl.float32)
+    total = norm if latest is None else tl.where(norm > 0, norm, 1.0)
+    merged = tl.div_rn(merged, total)
+    if latest is not None:
+        merged = _keep(merged, norm, value, carry, latest, new_latest, offset, inside)
     if uncond is not None:
-        unguided = tl.div_rn(unguided, norm)
+        unguided = tl.div_rn(unguided, total)
+        if latest is not None:
+            latest += history_stride
+            new_latest += history_stride
+            unguided = _keep(unguided, norm, value, carry, latest, new_latest, offset, inside)
         g = guidance
         if guidance_map is not None:
             g = tl.load(guidance_map + y.to(tl.int64) * width + x, on_canvas, other=0).to(tl.float32)
         merged = unguided + g * (merged - unguided)
 
-    inside = (c < channels) & on_canvas
-    offset = ((image * channels + c) * height + y) * width + x
-    value = tl.load(sample + offset, inside, other=0).to(tl.float32)
     result = tl.load(coefficients).to(tl.float32) * value + tl.load(coefficients + 1).to(tl.float32) * merged
     if K > 0:
         newest = tl.load(keep).to(tl.float32) * value + tl.load(keep + 1).to(tl.float32) * merged
@@ -118,8 +137,10 @@ def guided_step(
     sample,
     weight,
     history,
+    latest,
     coefficients,
     keep,
+    carry,
     guidance_scale,
     guidance_map,
     origins,
@@ -127,10 +148,14 @@ def guided_step(
     cover_index,
     geometry,
 ):
-    """m = scatter(u + g (c - u)); x' = a x + b m + sum_j c_j h_j; the history takes d x + e m in front."""
+    """m = scatter(u + g (c - u)); x' = a x + b m + sum_j c_j h_j; the history takes d x + e m in front.
+
+    latest: what is kept of c and u, p x + q c, and read where no window covers a cell; of no branch: nothing is kept.
+    """
     height, width, h, w, _, _, tile_y, tile_x = geometry
     b, n, channels = cond.shape[:3]
-    new_sample, new_history = (t.new_empty(t.shape, dtype=exact_dtype(t.dtype)) for t in (sample, history))
+    new = [t.new_empty(t.shape, dtype=exact_dtype(t.dtype)) for t in (sample, history, latest)]
+    new_sample, new_history, new_latest = new
     if new_sample.numel():
         # the block of scatter_windows and for its reasons; with two accumulators 4 programs still fit a multiprocessor
         launch = canvas_launch(channels, tile_y, tile_x, width, w)
@@ -142,8 +167,10 @@ def guided_step(
                 packed(sample),
                 packed(weight),
                 packed(history),
+                packed(latest) if len(latest) else None,
                 packed(coefficients),
                 packed(keep),
+                packed(carry),
                 guidance_scale,
                 packed(guidance_map),
                 origins,
@@ -151,6 +178,7 @@ def guided_step(
                 cover_index,
                 new_sample,
                 new_history,
+                new_latest,
                 sample.numel(),
                 n,
                 channels,
@@ -162,4 +190,4 @@ def guided_step(
                 K=history.shape[0],
                 **launch,
             )
-    return new_sample.to(sample.dtype), new_history.to(sample.dtype)
+    return tuple(t.to(sample.dtype) for t in new)

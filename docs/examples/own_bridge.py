@@ -3,8 +3,7 @@
     python docs/examples/own_bridge.py [OUT.png]
 
 A bridge is any object with a method `step` that says, before the run, what each step does. This one moves the seams to
-and fro; where its windows leave a rim uncovered, it adds windows that are not evaluated: there the latest prediction is
-used again.
+and fro; where its windows leave a rim uncovered, as a partial plan may, the latest prediction is used again.
 """
 
 import sys
@@ -24,10 +23,10 @@ class Swing:
         if step % 2 == 0 or step == steps - 1 or len(columns) == 1:
             return Stage(plan)
         between = (columns[1:] + columns[:-1]) // 2
-        every = np.unique([*between, columns[0], columns[-1]])  # a plan covers its canvas, evaluated or not
-        moved = WindowPlan.grid(plan.height, plan.width, plan.window, np.unique(plan.origins[:, 0]), every)
-        evaluated = torch.from_numpy(np.isin(moved.origins[:, 1], between))
-        return Stage(moved, evaluated, moved.weight("linear"))
+        moved = WindowPlan.grid(
+            plan.height, plan.width, plan.window, np.unique(plan.origins[:, 0]), between, partial=True
+        )
+        return Stage(moved, moved.weight("linear"))
 
 
 pipe = InstantASPipeline.from_pretrained(demo.folder())

@@ -77,7 +77,7 @@ def scatter_windows(windows: torch.Tensor, plan: WindowPlan, weight: torch.Tenso
             norm[y : y + h, x : x + w] += weight[i]
         canvas = total / norm
     """
-    check_plan(plan)
+    check_plan(plan, partial=False)
     check_tensor("windows", windows, "(B, n, C, h, w)", (None, plan.count, None, *plan.window))
     check_weight(weight, plan, windows)
     return torch.ops.instantas.scatter_windows(windows, weight, *plan.tables(windows.device), plan.geometry, True)
@@ -94,11 +94,18 @@ def guided_step(
     weight: torch.Tensor | None = None,
     history: torch.Tensor | None = None,
     keep: Sequence[float] | torch.Tensor = (0.0, 1.0),
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+    latest: torch.Tensor | None = None,
+    carry: Sequence[float] | torch.Tensor = (0.0, 1.0),
+) -> tuple[torch.Tensor, torch.Tensor | None] | tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
     """Merge window predictions, guide them, and take the scheduler's step: one pass over the canvas.
 
     m = the weighted mean over the covering windows of u + g (c - u) (classifier-free guidance);
     new sample = a x + b m + sum_j c_j h_j; the history entry d x + e m goes in front and the oldest is dropped.
+
+    With `latest`, the plan may be partial: c and u of a cell that no window covers (or none with any weight) are the
+    latest ones made there. What is kept of a prediction c is p x + q c, in which form it need not change from step to
+    step: a prediction of noise or of x_0 is kept as it is, of v = signal eps - noise x_0 the noise it says,
+    eps = noise x + signal v.
 
     Args:
         cond, uncond: (B, n, C, h, w) predictions with and without the prompt; uncond None: no guidance, m = mean of
@@ -110,9 +117,13 @@ def guided_step(
         weight: as in `scatter_windows`.
         history: (k, B, C, height, width), newest first; None exactly when k = 0.
         keep: (d, e), floats or a tensor of 2 values on the sample's device.
+        latest: (2, B, C, height, width), of cond and uncond, or (1, B, C, height, width) without uncond. Its cells that
+            are covered are not read.
+        carry: (p, q), floats or a tensor of 2 values on the sample's device; q is not 0 where a cell is read.
 
     Returns:
-        The new sample, and the new history (None when k = 0), of the sample's dtype.
+        The new sample, and the new history (None when k = 0), of the sample's dtype. With `latest` its new values too:
+        those of this step where a window covers the cell, the old ones elsewhere.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
@@ -121,11 +132,14 @@ def guided_step(
 
         c, u = scatter_windows(cond, plan, weight), scatter_windows(uncond, plan, weight)
         m = u + guidance_scale * (c - u)
+        # with latest, each of c and u before that: covered = plan.coverage() > 0
+        c = torch.where(covered, c, (latest[0] - carry[0] * sample) / carry[1])
+        new_latest = torch.stack([carry[0] * sample + carry[1] * c, carry[0] * sample + carry[1] * u])
         a, b, *cs = coefficients
         new_sample = a * sample + b * m + sum(c * h for c, h in zip(cs, history))
         new_history = torch.cat([(keep[0] * sample + keep[1] * m)[None], history[:-1]])
     """
-    check_plan(plan)
+    check_plan(plan, partial=latest is not None)
     check_tensor("sample", sample, "(B, C, height, width)", (None, None, plan.height, plan.width))
     b, c = sample.shape[:2]
     window_shape = (b, plan.count, c, *plan.window)
@@ -134,9 +148,8 @@ def guided_step(
         check_tensor("uncond", uncond, "(B, n, C, h, w)", window_shape, like=sample)
     check_weight(weight, plan, sample)
     coefficients = vector("coefficients", coefficients, sample.device)
-    keep = vector("keep", keep, sample.device)
-    if keep.shape != (2,):
-        raise ValueError(f"keep: expected 2 numbers (d, e), got {keep.shape[0]}")
+    keep = _pair("keep", "d, e", keep, sample.device)
+    carry = keep if latest is None else _pair("carry", "p, q", carry, sample.device)
     k = coefficients.shape[0] - 2
     if k < 0:
         raise ValueError(f"coefficients: expected at least 2 numbers (a, b, c_1 .. c_k), got {coefficients.shape[0]}")
@@ -147,21 +160,35 @@ def guided_step(
         )
     if history is not None:
         check_tensor("history", history, "(k, B, C, height, width)", (k, *sample.shape), like=sample)
+    if latest is not None:
+        branches = 1 if uncond is None else 2
+        check_tensor("latest", latest, "(branches, B, C, height, width)", (branches, *sample.shape), like=sample)
+    none = sample.new_empty(0, *sample.shape)
     guidance, guidance_map = _guidance(guidance_scale, plan, sample.device)
-    new_sample, new_history = torch.ops.instantas.guided_step(
+    new_sample, new_history, new_latest = torch.ops.instantas.guided_step(
         cond,
         uncond,
         sample,
         weight,
-        sample.new_empty(0, *sample.shape) if history is None else history,
+        none if history is None else history,
+        none if latest is None else latest,
         coefficients,
         keep,
+        carry,
         guidance,
         guidance_map,
         *plan.tables(sample.device),
         plan.geometry,
     )
-    return new_sample, None if history is None else new_history
+    new_history = None if history is None else new_history
+    return (new_sample, new_history) if latest is None else (new_sample, new_history, new_latest)
+
+
+def _pair(name: str, letters: str, values: Any, device: torch.device) -> torch.Tensor:
+    pair = vector(name, values, device)
+    if pair.shape != (2,):
+        raise ValueError(f"{name}: expected 2 numbers ({letters}), got {pair.shape[0]}")
+    return pair
 
 
 def _guidance(scale: Any, plan: WindowPlan, device: torch.device) -> tuple[float, torch.Tensor | None]:

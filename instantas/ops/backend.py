@@ -176,8 +176,10 @@ def _guided_step(
     sample,
     weight,
     history,
+    latest,
     coefficients,
     keep,
+    carry,
     guidance_scale,
     guidance_map,
     origins,
@@ -187,10 +189,12 @@ def _guided_step(
 ):
     guidance = guidance_scale if guidance_map is None else guidance_map
     plan = _plan(origins, geometry)
-    sample, newest = reference.guided_step(
-        cond, uncond, sample, plan, coefficients, guidance, weight=weight, history=history, keep=keep
+    state = dict(history=history, keep=keep, latest=latest if len(latest) else None, carry=carry)
+    new_sample, new_history, *kept = reference.guided_step(
+        cond, uncond, sample, plan, coefficients, guidance, weight=weight, **state
     )
-    return sample.contiguous(), history.new_empty(history.shape) if newest is None else newest
+    new_history = torch.empty_like(history) if new_history is None else new_history
+    return new_sample.contiguous(), new_history, kept[0] if kept else torch.empty_like(latest)
 
 
 def _regional_attention(query, key, value, prompt_ids, weights, joint, scale):

@@ -26,7 +26,8 @@ def _cells(plan):
 
 def gather_windows(canvas: Tensor, plan: Any) -> Tensor:
     """windows[b, i] = canvas[b, :, y_i : y_i + h, x_i : x_i + w], modulo the size on wrapping axes."""
-    return torch.stack([canvas[:, :, rows, columns] for rows, columns in _cells(plan)], dim=1)
+    windows = [canvas[:, :, rows, columns] for rows, columns in _cells(plan)]
+    return torch.stack(windows, dim=1) if windows else canvas.new_empty(len(canvas), 0, canvas.shape[1], *plan.window)
 
 
 def scatter_windows(windows: Tensor, plan: Any, weight: Tensor | None = None, normalize: bool = True) -> Tensor:
@@ -56,22 +57,37 @@ def guided_step(
     weight: Tensor | None = None,
     history: Tensor | None = None,
     keep: Sequence[float] | Tensor = (0.0, 1.0),
-) -> tuple[Tensor, Tensor | None]:
-    """m = scatter(u + g (c - u)); x' = a x + b m + sum_j c_j h_j; the history takes d x + e m in front."""
+    latest: Tensor | None = None,
+    carry: Sequence[float] | Tensor = (0.0, 1.0),
+) -> tuple[Tensor, Tensor | None] | tuple[Tensor, Tensor | None, Tensor]:
+    """m = scatter(u + g (c - u)); x' = a x + b m + sum_j c_j h_j; the history takes d x + e m in front.
+
+    Where no window covers a cell, c and u are what `latest` says there: of l = p x + q c the (l - p x) / q.
+    """
     dtype = _accumulator(sample)
-    a, b, *cs = (torch.as_tensor(c, dtype=dtype, device=sample.device) for c in coefficients)
-    d, e = (torch.as_tensor(k, dtype=dtype, device=sample.device) for k in keep)
-    x, merged = sample.to(dtype), scatter_windows(cond.to(dtype), plan, weight)
+    a, b, *cs, d, e, p, q = (
+        torch.as_tensor(number, dtype=dtype, device=sample.device) for number in (*coefficients, *keep, *carry)
+    )
+    x = sample.to(dtype)
+    branches = [scatter_windows(each.to(dtype), plan, weight) for each in (cond, uncond) if each is not None]
+    if latest is not None:
+        unit = cond.new_ones(1, cond.shape[1], 1, *plan.window, dtype=dtype)
+        covered = scatter_windows(unit, plan, weight, normalize=False) > 0
+        kept = [torch.where(covered, p * x + q * m, old.to(dtype)) for m, old in zip(branches, latest)]
+        branches = [torch.where(covered, m, (old.to(dtype) - p * x) / q) for m, old in zip(branches, latest)]
+        latest = torch.stack(kept).to(sample.dtype)
+    merged = branches[0]
     if uncond is not None:
-        unguided = scatter_windows(uncond.to(dtype), plan, weight)
         g = torch.as_tensor(guidance_scale, dtype=dtype, device=sample.device)
-        merged = unguided + g * (merged - unguided)
+        merged = branches[1] + g * (merged - branches[1])
     new_sample = a * x + b * merged
-    if history is None or not cs:
-        return new_sample.to(sample.dtype), None
-    new_sample = new_sample + sum(c * h.to(dtype) for c, h in zip(cs, history))
-    newest = (d * x + e * merged).to(sample.dtype)
-    return new_sample.to(sample.dtype), torch.cat([newest[None], history[:-1]])
+    if history is not None and cs:
+        new_sample = new_sample + sum(c * h.to(dtype) for c, h in zip(cs, history))
+        history = torch.cat([(d * x + e * merged).to(sample.dtype)[None], history[:-1]])
+    else:
+        history = None
+    new_sample = new_sample.to(sample.dtype)
+    return (new_sample, history) if latest is None else (new_sample, history, latest)
 
 
 def regional_attention(

@@ -44,15 +44,19 @@ def weight_total(weight: torch.Tensor, tables: Sequence[torch.Tensor], geometry:
     return torch.ops.instantas.scatter_windows(windows, None, *tables, geometry, False)[0, 0]
 
 
-def _adjoint_scatter(grad, weight, tables, geometry, normalize):
-    """What the mean over the covering windows passes back to each window."""
-    grad = grad if grad.dtype == torch.float64 else grad.float()
-    h, w = geometry[2:4]
-    unit = torch.ones(h, w, dtype=grad.dtype, device=grad.device) if weight is None else weight.to(grad.dtype)
-    if normalize:
-        grad = grad / weight_total(unit, tables, geometry)
-    windows = torch.ops.instantas.gather_windows(grad, *tables, geometry)
-    return windows * (unit if unit.dim() == 2 else unit[:, None])
+def _wide(tensor):
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def _unit(weight, like, geometry):
+    """The overlap weight, 1 everywhere where there is none."""
+    return torch.ones(geometry[2:4], dtype=like.dtype, device=like.device) if weight is None else weight.to(like.dtype)
+
+
+def _weighted_windows(canvas, weight, tables, geometry):
+    """The adjoint of the weighted sum of windows over each cell."""
+    windows = torch.ops.instantas.gather_windows(canvas, *tables, geometry)
+    return windows * (weight if weight.dim() == 2 else weight[:, None])
 
 
 @torch.library.register_fake("instantas::gather_windows")
@@ -66,8 +70,8 @@ def _(windows, weight, origins, cover_start, cover_index, geometry, normalize):
 
 
 @torch.library.register_fake("instantas::guided_step")
-def _(cond, uncond, sample, weight, history, *rest):
-    return sample.new_empty(sample.shape), history.new_empty(history.shape)
+def _(cond, uncond, sample, weight, history, latest, *rest):
+    return tuple(t.new_empty(t.shape) for t in (sample, history, latest))
 
 
 @torch.library.register_fake("instantas::regional_attention")
@@ -98,33 +102,48 @@ def _scatter_setup(ctx, inputs, output):
 
 def _scatter_backward(ctx, grad):
     weight, *tables = ctx.saved_tensors
-    windows = _adjoint_scatter(grad, weight, tables, ctx.geometry, ctx.normalize)
+    grad = _wide(grad)
+    weight = _unit(weight, grad, ctx.geometry)
+    if ctx.normalize:
+        grad = grad / weight_total(weight, tables, ctx.geometry)
+    windows = _weighted_windows(grad, weight, tables, ctx.geometry)
     return windows.to(ctx.dtype), None, None, None, None, None, None
 
 
 def _step_setup(ctx, inputs, output):
-    _, uncond, sample, weight, _, coefficients, keep, ctx.scale, guidance_map, *tables, ctx.geometry = inputs
-    ctx.guided, ctx.dtype = uncond is not None, sample.dtype
-    ctx.save_for_backward(weight, coefficients, keep, guidance_map, *tables)
+    _, uncond, sample, weight, _, latest, *rest, ctx.geometry = inputs
+    coefficients, keep, carry, ctx.scale, guidance_map, *tables = rest
+    ctx.guided, ctx.keeps, ctx.dtype = uncond is not None, len(latest) > 0, sample.dtype
+    ctx.save_for_backward(weight, guidance_map, coefficients, keep, carry, *tables)
 
 
-def _step_backward(ctx, grad_sample, grad_history):
-    weight, coefficients, keep, guidance_map, *tables = ctx.saved_tensors
-    dtype = torch.float64 if ctx.dtype == torch.float64 else torch.float32
-    coefficients, keep = coefficients.to(dtype), keep.to(dtype)
-    grad_sample, grad_history = grad_sample.to(dtype), grad_history.to(dtype)
+def _step_backward(ctx, grad_sample, grad_history, grad_latest):
+    weight, guidance_map, *numbers = ctx.saved_tensors
+    numbers, tables = numbers[:3], numbers[3:]
+    grad_sample, grad_history, grad_latest = map(_wide, (grad_sample, grad_history, grad_latest))
+    coefficients, keep, (p, q) = (number.to(grad_sample.dtype) for number in numbers)
     from_x, from_m = coefficients[0] * grad_sample, coefficients[1] * grad_sample
     from_history = coefficients[2:, None, None, None, None] * grad_sample
     if len(grad_history):
         from_x, from_m = from_x + keep[0] * grad_history[0], from_m + keep[1] * grad_history[0]
         from_history = torch.cat([from_history[:-1] + grad_history[1:], from_history[-1:]])
-    guidance = ctx.scale if guidance_map is None else guidance_map.to(dtype)
-    cond = _adjoint_scatter(from_m * guidance if ctx.guided else from_m, weight, tables, ctx.geometry, True)
-    uncond = None
+    branches = from_m[None]
     if ctx.guided:
-        uncond = _adjoint_scatter(from_m * (1 - guidance), weight, tables, ctx.geometry, True).to(ctx.dtype)
-    grads = cond.to(ctx.dtype), uncond, from_x.to(ctx.dtype), None, from_history.to(ctx.dtype)
-    return *grads, *[None] * 8
+        guidance = ctx.scale if guidance_map is None else guidance_map.to(from_m.dtype)
+        branches = torch.stack([from_m * guidance, from_m * (1 - guidance)])
+    weight = _unit(weight, grad_sample, ctx.geometry)
+    total = weight_total(weight, tables, ctx.geometry)
+    if ctx.keeps:  # l' = p x + q m where a window covers a cell, elsewhere m = (l - p x) / q
+        covered = total > 0
+        total = torch.where(covered, total, 1)
+        from_x = from_x + p * torch.where(covered, grad_latest, -branches / q).sum(0)
+        from_latest = torch.where(covered, 0, grad_latest + branches / q)
+        branches = torch.where(covered, branches + q * grad_latest, 0)
+    else:
+        from_latest = grad_latest
+    cond, *uncond = (_weighted_windows(each / total, weight, tables, ctx.geometry) for each in branches)
+    grads = cond, *(uncond or [None]), from_x, None, from_history, from_latest
+    return *(g if g is None else g.to(ctx.dtype) for g in grads), *[None] * 9
 
 
 def _attention_setup(ctx, inputs, output):

@@ -27,9 +27,14 @@ def tracing(tensor: torch.Tensor) -> bool:
     )
 
 
-def check_plan(plan: Any) -> None:
+def check_plan(plan: Any, partial: bool = True) -> None:
+    """partial: whether the plan may leave cells uncovered."""
     if not isinstance(plan, WindowPlan):
         raise TypeError(f"plan: expected a WindowPlan, got {type(plan).__name__}")
+    if plan.partial and not partial:
+        raise ValueError(
+            "plan: expected one that covers every cell (only guided_step fills cells, from latest), got a partial one"
+        )
 
 
 def check_tensor(
@@ -116,7 +121,7 @@ def check_weight(weight: torch.Tensor | None, plan: WindowPlan, like: torch.Tens
     total = weight_total(weight.to(dtype), plan.tables(device), plan.geometry)
     if not (total.isfinite().all() and (weight >= 0).all()):
         raise ValueError(f"weight: expected values >= 0, finite in {dtype}, got negative, infinite or NaN ones")
-    if not (total > 0).all():
+    if not plan.partial and not (total > 0).all():
         y, x = (total <= 0).nonzero()[0].tolist()
         raise ValueError(f"weight: expected some weight over every cell of the canvas, got none at ({y}, {x})")
     _sound_weights[weight] = version, (uses if seen == version else frozenset()) | {(plan, dtype)}

@@ -63,17 +63,16 @@ class Stage:
     """What one step does.
 
     Attributes:
-        plan: the windows, on the canvas of the run or on what the view makes of it.
-        evaluated: (n,) bool, the windows for which the network is run; cells that none of them covers re-use the latest
-            prediction made there, carried to the step's noise level. None: all. The first step evaluates all.
+        plan: the windows for which the network is run, on the canvas of the run or on what the view makes of it. Cells
+            that none of them covers, of a partial plan, re-use the latest prediction made there, carried to the step's
+            noise level. That of the first step covers all.
         weight: overlap weight of the windows; None: the run's own.
         adjust: function of (prediction, sample, context), all (B, C, H, W) but the `sampler.StepContext`, that returns
             the merged and guided prediction to use.
-        view: what the windows are cut from; None: the canvas itself. All windows of a view are evaluated.
+        view: what the windows are cut from; None: the canvas itself. The windows of a view cover it.
     """
 
     plan: WindowPlan
-    evaluated: torch.Tensor | None = None
     weight: torch.Tensor | None = None
     adjust: Callable | None = None
     view: View | None = None
@@ -124,12 +123,12 @@ class Shift:
         count = max(1, math.floor(self.share * steps + 1e-9))  # 0.58 * 50 is 28.999...
         index = round(step * (count - 1) / max(1, steps - 1))
         if round(index * (steps - 1) / max(1, count - 1)) != step:
-            return Stage(plan, torch.zeros(plan.count, dtype=torch.bool))
+            return Stage(plan.subset([]))
         if index in (0, count - 1):
             return Stage(plan)
         far_ends = (index // 2 % 2, index % 2)
         axes = zip((plan.height, plan.width), plan.window, plan.wrap, far_ends, _offsets(index))
-        return _covering(plan, *(_moved(*axis) for axis in axes))
+        return _windows_at(plan, *(_moved(*axis) for axis in axes))
 
 
 @dataclass(frozen=True)
@@ -160,7 +159,7 @@ class Centred:
             elif move and len(origins) > 1:
                 origins = (origins[1:] + origins[:-1]) // 2
             kept.append(origins)
-        return _covering(plan, *kept)
+        return _windows_at(plan, *kept)
 
 
 @dataclass(frozen=True)
@@ -262,10 +261,9 @@ class Joined:
     def step(self, step: int, steps: int, plan: WindowPlan) -> Stage:
         stages = [bridge.step(step, steps, plan) for bridge in self.bridges]
         adjust = next((s.adjust for s in stages if s.adjust is not None), None)
-        moved = next((s for s in stages if s.plan is not plan and s.view is None or s.evaluated is not None), stages[0])
+        moved = next((s for s in stages if s.plan is not plan and s.view is None), stages[0])
         seen = next((s for s in stages if s.view is not None), None)
-        idle = moved.evaluated is not None and not moved.evaluated.any()
-        chosen = moved if seen is None or idle else seen
+        chosen = moved if seen is None or not moved.plan.count else seen
         return replace(chosen, adjust=adjust)
 
 
@@ -298,15 +296,11 @@ def _moved(length: int, window: int, wraps: bool, far_end: int, u: float) -> np.
     return length - window - origins[::-1] if far_end else origins
 
 
-def _covering(plan: WindowPlan, rows: np.ndarray, columns: np.ndarray) -> Stage:
-    """The stage that evaluates rows x columns, among the windows that the whole canvas takes."""
-    axes = []
-    for length, window, wraps, origins in zip((plan.height, plan.width), plan.window, plan.wrap, (rows, columns)):
-        ends = [] if wraps else [0, length - window]
-        axes.append(np.unique(np.append(origins, ends).astype(np.int64)))
-    moved = WindowPlan.grid(plan.height, plan.width, plan.window, *axes, wrap=plan.wrap)
-    evaluated = np.outer(np.isin(axes[0], rows), np.isin(axes[1], columns)).ravel()
-    return Stage(moved, None if evaluated.all() else torch.from_numpy(evaluated), moved.weight("linear"))
+def _windows_at(plan: WindowPlan, rows: np.ndarray, columns: np.ndarray) -> Stage:
+    """The stage of windows at rows x columns."""
+    axes = np.unique(rows), np.unique(columns)
+    moved = WindowPlan.grid(plan.height, plan.width, plan.window, *axes, wrap=plan.wrap, partial=True)
+    return Stage(moved, moved.weight("linear"))
 
 
 BRIDGES: dict[str, Bridge] = {
@@ -349,5 +343,4 @@ def evaluations(bridging: str | Bridge | None, plan: WindowPlan, steps: int) -> 
     bridging = bridge(bridging)
     if bridging is None:
         return steps * plan.count
-    stages = [bridging.step(i, steps, plan) for i in range(steps)]
-    return sum(s.plan.count if s.evaluated is None else int(s.evaluated.sum()) for s in stages)
+    return sum(bridging.step(i, steps, plan).plan.count for i in range(steps))

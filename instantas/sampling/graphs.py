@@ -12,11 +12,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
-import numpy as np
 import torch
 
 from instantas.sampling.noise import Level
-from instantas.windows import PlanTables, WindowPlan
+from instantas.windows import PlanTables
 
 
 class CudaGraph:
@@ -84,27 +83,26 @@ class StepGraphs:
         """Copy what is not there yet to where the state lies."""
         if self.state is None:
             self.state = replace(state, canvas=state.canvas.clone())
-        names = [field.name for field in fields(state)]
-        kept = {name: getattr(self.state, name) for name in names}
-        for name in sorted(names, key="noisy".__ne__):  # first, as it may be the canvas that is written over
-            new = getattr(state, name)
-            if new is not None and kept[name] is None:
+        for name in (field.name for field in fields(state)):
+            new, kept = getattr(state, name), getattr(self.state, name)
+            if new is None or new is kept:
+                continue
+            if kept is not None and kept.shape == new.shape:
+                kept.copy_(new)
+            else:  # what was captured reads the state where it lay
                 self.state = replace(self.state, **{name: new.clone()})
-            elif new is not None and new is not kept[name]:
-                kept[name].copy_(new)
+                self.graphs.clear()
 
 
 def _kind(step, phase):
     """What is the same of alike steps; None for a step that is not captured."""
-    stage, plan, context, weight = step.stage, step.context.plan, step.context, step.weight
-    if stage.view is not None or stage.adjust is not None or not len(context.rows):
+    stage, plan, context = step.stage, step.context.plan, step.context
+    if stage.view is not None or stage.adjust is not None or not plan.count:
         return None
     return (
         (plan.height, plan.width, plan.window, plan.wrap),
         tuple(context.rows[:, 0].tolist()),
-        plan.count if step.chosen is None or weight is not None and weight.dim() == 3 else None,
-        step.previous_level is None,
-        _value(weight),
+        _value(step.weight),
         phase and phase(context),
     )
 
@@ -115,22 +113,18 @@ def _value(weight):
 
 
 class _Rows:
-    """Tables of what differs between alike steps, one row a step; a row at a time in tensors that stay where they are.
-
-    Plans have as many windows as the largest: more are added in the place of their first, and not evaluated.
-    """
+    """Tables of what differs between alike steps, one row a step, and a row at a time where graphs read it."""
 
     def __init__(self, steps):
-        device, most = steps[0].context.pictures.device, max(step.context.plan.count for step in steps)
-        self.plan = _filled(steps[0].context.plan, most)
-        tables = [_filled(step.context.plan, most).tables(torch.device("cpu")) for step in steps]
+        device, plans = steps[0].context.pictures.device, [step.context.plan for step in steps]
+        self.plan = next((plan for plan in plans if plan.partial), plans[0])  # whose cells may be left uncovered
+        tables = [plan.tables(torch.device("cpu")) for plan in plans]
         longest = max(len(table.cover_index) for table in tables)
         columns = [[table.origins for table in tables], [table.cover_start for table in tables]]
         columns.append([torch.nn.functional.pad(t.cover_index, (0, longest - len(t.cover_index))) for t in tables])
         columns += [[getattr(step.context, name) for step in steps] for name in ("origins", "timestep")]
-        columns += [[getattr(step, name) for step in steps] for name in ("coefficients", "keep", "scale")]
-        columns.append([_levels(step) for step in steps])
-        columns.append([step.context.origins[:0] if step.chosen is None else step.chosen for step in steps])
+        columns += [[getattr(step, name) for step in steps] for name in ("coefficients", "keep", "scale", "carry")]
+        columns.append([_level(step.context.level) for step in steps])
         self.tables = [torch.stack([torch.as_tensor(row).to(device) for row in column]) for column in columns]
         self.now = [table[0].clone() for table in self.tables]
         self.counter = torch.zeros(1, dtype=torch.int64, device=device)
@@ -143,22 +137,12 @@ class _Rows:
 
     def step(self, like, captured):
         """The step of the row that was taken, an alike one saying what is the same for all."""
-        *tables, origins, timestep, coefficients, keep, scale, noise_levels, chosen = self.now
-        plan = self.plan.with_tables(PlanTables(*tables))
-        level, previous_level = (
-            old and Level(signal, noise, old.predicts)
-            for old, (signal, noise) in zip((like.context.level, like.previous_level), noise_levels)
-        )
+        *tables, origins, timestep, coefficients, keep, scale, carry, level = self.now
+        plan, predicts = self.plan.with_tables(PlanTables(*tables)), like.context.level and like.context.level.predicts
+        level = None if predicts is None else Level(*level, predicts)
         context = replace(like.context, plan=plan, timestep=timestep, level=level, origins=origins, captured=captured)
-        numbers = dict(coefficients=coefficients, keep=keep, scale=scale, previous_level=previous_level)
-        return replace(like, context=context, chosen=None if like.chosen is None else chosen, **numbers)
+        return replace(like, context=context, coefficients=coefficients, keep=keep, scale=scale, carry=carry)
 
 
-def _filled(plan, count):
-    origins = np.concatenate([plan.origins, np.repeat(plan.origins[:1], count - plan.count, axis=0)])
-    return WindowPlan(plan.height, plan.width, plan.window, origins, plan.wrap)
-
-
-def _levels(step):
-    levels = (step.context.level, step.previous_level)
-    return torch.tensor([(level.signal, level.noise) if level else (0.0, 0.0) for level in levels])
+def _level(level):
+    return torch.tensor((level.signal, level.noise) if level else (0.0, 0.0))

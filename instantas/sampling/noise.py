@@ -46,17 +46,14 @@ class Level:
                 return (x - clean) / max(self.noise, _LEAST)
         return clean
 
-    def carry(self, prediction: torch.Tensor, x: torch.Tensor, to: Level) -> torch.Tensor:
-        """A prediction made from x at this level, said at another level of the same x_0 and eps.
+    @property
+    def carry(self) -> tuple[float, float]:
+        """(p, q): p x + q prediction is what a prediction says that stays the same at another level.
 
-        Only v changes with the level: with x_0 = signal x - noise v and eps = noise x + signal v it turns into
-        signal' eps - noise' x_0. A DDIM step on it is the longer DDIM step from where it was made.
+        Only v changes with the level: what stays is eps = noise x + signal v. A DDIM step on it, at another level, is
+        the longer DDIM step from where it was made.
         """
-        if self.predicts != "v_prediction":
-            return prediction
-        turn = self.noise * to.signal - self.signal * to.noise
-        keep = self.signal * to.signal + self.noise * to.noise
-        return turn * x + keep * prediction
+        return (self.noise, max(self.signal, _LEAST)) if self.predicts == "v_prediction" else (0.0, 1.0)
 
 
 def levels(scheduler: Any) -> list[Level] | None:

@@ -19,6 +19,7 @@ from instantas.sampling.bridging import Bridge, Stage, View, bridge
 from instantas.sampling.evaluator import Evaluator
 from instantas.sampling.graphs import StepGraphs
 from instantas.sampling.noise import Level, levels
+from instantas.sampling.prediction import Prediction, predict
 from instantas.sampling.schedulers import probe, step_keywords
 from instantas.windows import WindowPlan
 
@@ -134,7 +135,7 @@ def sample(
     _check_graph(cuda_graph, latents, scheduler, recurrence, (guidance_scale, guidance_rescale))
 
     update = _LinearUpdate(recurrence) if recurrence else _SchedulerUpdate(scheduler, generator, eta)
-    reuse = any(stage.evaluated is not None for stage, _ in stages)
+    reuse = any(stage.plan.partial for stage, _ in stages)
     advance: Callable = _Advance(evaluate, update, guidance_scale, guidance_rescale, plan, reuse)
     steps = _steps(latents, timesteps, stages, noise_levels, recurrence)
     told = {} if callback is None or "denoised" not in inspect.signature(callback).parameters else {"denoised": None}
@@ -155,16 +156,13 @@ def sample(
 
 @dataclass(frozen=True)
 class State:
-    """What goes from step to step: (B, C, H, W) tensors, and the scheduler's history (k, B, C, H, W).
-
-    cond, uncond, noisy: the latest prediction at each cell and what it was made from, where predictions are re-used.
+    """What goes from step to step: the canvas (B, C, H, W), the scheduler's history (k, B, C, H, W), and where
+    predictions are re-used the latest of each cell (branches of guidance, B, C, H, W), as `ops.guided_step` keeps them.
     """
 
     canvas: torch.Tensor
     history: torch.Tensor | None = None
-    cond: torch.Tensor | None = None
-    uncond: torch.Tensor | None = None
-    noisy: torch.Tensor | None = None
+    latest: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,18 +170,16 @@ class Step:
     """What one step does, with its numbers on the device.
 
     Attributes:
-        context: of all windows evaluated.
-        chosen: indices of these among the plan's windows; None: all.
+        context: of all windows.
         weight: overlap weight.
-        previous_level: noise level of the step before.
+        carry: (2,) the form in which predictions are kept, of the canvas that `scale` has not multiplied.
         coefficients, keep, scale: of `schedulers.Recurrence`; None for a scheduler that has none.
     """
 
     context: StepContext
     stage: Stage
-    chosen: torch.Tensor | None
     weight: torch.Tensor | None
-    previous_level: Level | None
+    carry: torch.Tensor
     coefficients: torch.Tensor | None = None
     keep: torch.Tensor | None = None
     scale: torch.Tensor | None = None
@@ -198,33 +194,31 @@ class _Advance:
         self.reuse = reuse
 
     def __call__(self, state: State, step: Step) -> State:
-        stage, context, chosen, weight = step.stage, step.context, step.chosen, step.weight
-        plan, whole = context.plan, self.whole
+        stage, context, latest = step.stage, step.context, state.latest
         guidance, rescale = (v(context) if callable(v) else v for v in (self.guidance, self.rescale))
-        noisy = self.update.scale(state.canvas, step)
-        seen = noisy if stage.view is None else stage.view.apply(noisy)
-        cond, uncond = _evaluated(self.evaluate, ops.gather_windows(seen, plan), chosen, context)
-        if stage.view is not None:
-            merged = (p if p is None else ops.scatter_windows(p, plan) for p in (cond, uncond))
-            cond, uncond = (p if p is None else stage.view.invert(p)[:, None] for p in merged)
-            plan, weight = whole, None
-        latest = {}
+        canvas, scale = self.update.scale(state.canvas, step)
+        predicted = predict(self.evaluate, canvas, step.weight, context, self.whole, scale)
+        if not context.plan.count and latest is not None and len(latest) == 2:
+            predicted = replace(predicted, uncond=predicted.cond)
+        if guidance is None:
+            predicted = replace(predicted, uncond=None)
         if self.reuse:
-            fresh = None if cond is None else (cond, uncond)
-            kept = _latest(fresh, chosen, plan, weight, state, step, noisy)
-            latest = dict(zip(("cond", "uncond"), kept), noisy=noisy)
-            cond, uncond = (p if p is None else p[:, None] for p in kept)
-            plan, weight = whole, None
-        if guidance is None:  # one that was kept from before does not count
-            uncond = None
-        if uncond is not None and rescale > 0:
-            merged = _rescaled(cond, uncond, plan, weight, guidance, rescale)
-            cond, uncond, plan, weight = merged[:, None], None, whole, None
+            predicted = predicted.kept(latest, step.carry, canvas)
+        if predicted.uncond is not None and rescale > 0:
+            guided, latest = predicted.merged(canvas, guidance)
+            conditional = replace(predicted, uncond=None, latest=None if latest is None else predicted.latest[:1])
+            rescaled = _rescaled(guided, conditional.merged(canvas, 1.0)[0], rescale)
+            predicted = Prediction.of_canvas(rescaled, None, self.whole)
         if stage.adjust is not None:
-            merged = _guided(cond, uncond, plan, weight, guidance)[0]
-            cond, uncond, plan, weight = stage.adjust(merged, noisy, context)[:, None], None, whole, None
-        canvas, history = self.update.step(cond, uncond, state, plan, weight, 1.0 if uncond is None else guidance, step)
-        return State(canvas, history, **latest)
+            merged, kept = predicted.merged(canvas, guidance)
+            latest = latest if kept is None else kept
+            noisy = canvas if scale is None else canvas * scale
+            predicted = Prediction.of_canvas(stage.adjust(merged, noisy, context), None, self.whole)
+        advanced, history, kept = self.update.step(predicted, guidance, state, step)
+        latest = latest if kept is None else kept
+        if latest is not None and state.latest is not None and len(latest) < len(state.latest):
+            latest = latest.expand_as(state.latest)  # guidance was off
+        return State(advanced, history, latest)
 
 
 def set_timesteps(
@@ -275,11 +269,10 @@ class _LinearUpdate:
         return latents.new_zeros(self.entries, *latents.shape) if self.entries else None
 
     def scale(self, canvas, step):
-        return canvas * step.scale if self.scaled else canvas
+        return canvas, step.scale if self.scaled else None
 
-    def step(self, cond, uncond, state, plan, weight, guidance, step):
-        numbers = dict(weight=weight, history=state.history, keep=step.keep)
-        return ops.guided_step(cond, uncond, state.canvas, plan, step.coefficients, guidance, **numbers)
+    def step(self, predicted, guidance, state, step):
+        return predicted.step(state.canvas, step.coefficients, guidance, step.keep, state.history)
 
 
 class _SchedulerUpdate:
@@ -294,88 +287,40 @@ class _SchedulerUpdate:
 
     def scale(self, canvas, step):
         scale = getattr(self.scheduler, "scale_model_input", None)
-        return canvas if scale is None else scale(canvas, step.context.timestep).to(canvas.dtype)
+        return canvas if scale is None else scale(canvas, step.context.timestep).to(canvas.dtype), None
 
-    def step(self, cond, uncond, state, plan, weight, guidance, step):
-        merged, canvas = _guided(cond, uncond, plan, weight, guidance)[0], state.canvas
+    def step(self, predicted, guidance, state, step):
+        canvas = state.canvas
+        merged, latest = predicted.merged(self.scale(canvas, step)[0], guidance)
         stepped = self.scheduler.step(merged, step.context.timestep, canvas, return_dict=False, **self.keywords)
         self.denoised = stepped[1] if len(stepped) > 1 else None
-        return stepped[0].to(canvas.dtype), None
+        return stepped[0].to(canvas.dtype), None, latest
 
 
-def _guided(cond, uncond, plan, weight, guidance):
-    """The merged prediction after guidance, and before it."""
-    cond = ops.scatter_windows(cond, plan, weight)
-    if uncond is None:
-        return cond, cond
-    uncond = ops.scatter_windows(uncond, plan, weight)
-    return (uncond + guidance * (cond - uncond)).to(cond.dtype), cond
-
-
-def _rescaled(cond, uncond, plan, weight, guidance, share):
-    guided, cond = _guided(cond, uncond, plan, weight, guidance)
+def _rescaled(guided, cond, share):
     ratio = cond.std((1, 2, 3), keepdim=True) / guided.std((1, 2, 3), keepdim=True)
     return guided * (share * ratio + 1 - share)
-
-
-def _evaluated(evaluate, windows, chosen, context):
-    """Predictions (B, n, C, h, w), zero where a window is not evaluated; (None, None) where none is."""
-    b, n = windows.shape[:2]
-    if chosen is None:
-        return tuple(p if p is None else p.unflatten(0, (b, n)) for p in evaluate(windows.flatten(0, 1), context))
-    if not len(chosen):
-        return None, None
-    fresh = evaluate(windows[:, chosen].flatten(0, 1), context)
-    return tuple(
-        p if p is None else torch.zeros_like(windows).index_copy(1, chosen, p.unflatten(0, (b, len(chosen))))
-        for p in fresh
-    )
-
-
-def _latest(fresh, chosen, plan, weight, state, step, noisy):
-    """The latest predictions (cond, uncond): of the evaluated windows where one covers the cell, else the last."""
-    latest = state.cond, state.uncond
-    if (previous := step.previous_level) is not None:
-        latest = tuple(p if p is None else previous.carry(p, state.noisy, step.context.level) for p in latest)
-    if fresh is None:
-        return latest
-    share = None if chosen is None else _share(chosen, plan, weight, noisy.device)
-    # where guidance was off, the prompt's prediction stands for both: u + g (c - u) = c
-    return tuple(_over(p, latest[0] if old is None else old, share, plan, weight) for p, old in zip(fresh, latest))
-
-
-def _share(chosen, plan, weight, device):
-    """(1, 1, H, W): the part of a cell's overlap weight that the evaluated windows have."""
-    marks = torch.zeros(1, plan.count, 1, *plan.window, device=device).index_fill(1, chosen, 1.0)
-    return ops.scatter_windows(marks, plan, weight)
-
-
-def _over(fresh, latest, share, plan, weight):
-    if fresh is None or share is None:
-        return fresh if fresh is None else ops.scatter_windows(fresh, plan, weight)
-    exact = fresh if fresh.dtype == torch.float64 else fresh.float()  # shares may be tiny
-    merged = ops.scatter_windows(exact, plan, weight) / share.clamp(min=1e-9)
-    return torch.where(share > 0, merged.to(fresh.dtype), latest)
 
 
 def _steps(latents, timesteps, stages, noise_levels, recurrence):
     """All steps, with everything from the host copied before the first: the loop waits for no device."""
     device, steps, like = latents.device, [], {}
     numbers = recurrence and recurrence.to(device)
+    carry = torch.tensor([level.carry if level else (0.0, 1.0) for level in noise_levels], dtype=torch.float64)
+    if recurrence:
+        carry[:, 0] *= recurrence.input_scale[: len(carry)]
+    carry = carry.to(device)
     for i, (t, level, (stage, weight)) in enumerate(zip(timesteps, noise_levels, stages)):
-        key = stage.plan.count, None if stage.evaluated is None else tuple(stage.evaluated.tolist())
-        if key not in like:
-            windows = torch.arange(stage.plan.count)
-            every = stage.evaluated is None or bool(stage.evaluated.all())
-            windows = windows if every else windows[stage.evaluated]
-            rows = torch.cartesian_prod(torch.arange(len(latents)), windows)
-            like[key] = rows, rows.to(device), None if every else windows.to(device)
-        rows, placed, chosen = like[key]
+        count = stage.plan.count
+        if count not in like:
+            rows = torch.cartesian_prod(torch.arange(len(latents)), torch.arange(count))
+            like[count] = rows, rows.to(device)
+        rows, placed = like[count]
         if stage.view is not None:
             stage.view.on(device)
         pictures, origins = placed[:, 0], stage.plan.tables(device).origins[placed[:, 1]]
         context = StepContext(i, len(stages), t, stage.plan, rows, level, pictures, origins, stage.view)
-        step = Step(context, stage, chosen, weight, noise_levels[i - 1] if i else None)
+        step = Step(context, stage, weight, carry[i])
         if recurrence:
             table = numbers.coefficients[i], numbers.keep[i], numbers.input_scale[i]
             step = replace(step, **dict(zip(("coefficients", "keep", "scale"), table)))
@@ -395,13 +340,9 @@ def _stages(bridging, plan, steps, weight, device):
             wanted = (len(stage.view.rows), len(stage.view.columns))
         if size != wanted:
             raise ValueError(f"bridging: expected plans of {wanted[0]} x {wanted[1]} cells, got {size} at step {i}")
-        if stage.evaluated is None:
-            continue
-        wanted = (stage.plan.count,)
-        if stage.evaluated.dtype != torch.bool or stage.evaluated.shape != wanted:
-            raise ValueError(f"bridging: expected evaluated as {wanted} bool, got {stage.evaluated} at step {i}")
-        if i == 0 and not stage.evaluated.all():
-            raise ValueError("bridging: expected every window evaluated at step 0, as there is nothing to re-use")
+        if stage.plan.partial and (i == 0 or stage.view is not None):
+            why = "there is nothing to re-use" if i == 0 else "a view is seen whole"
+            raise ValueError(f"bridging: expected every cell covered at step {i}, as {why}, got {stage.plan}")
     return [(stage, weight if stage.weight is None else _tracked(stage.weight.to(device))) for stage in stages]
 
 
@@ -468,5 +409,6 @@ def _check_step(latents, stages, guidance_scale):
     """Run the canvas operations once on no picture at all: they check plan, weight and guidance scale."""
     none = latents[:0]
     for stage, weight in {(id(s.plan), id(w)): (s, w) for s, w in stages if s.view is None}.values():
-        windows = ops.gather_windows(none, stage.plan)
-        ops.guided_step(windows, windows, none, stage.plan, (1.0, 0.0), guidance_scale, weight=weight)
+        windows, latest = ops.gather_windows(none, stage.plan), torch.stack([none, none])
+        numbers = (1.0, 0.0), guidance_scale
+        ops.guided_step(windows, windows, none, stage.plan, *numbers, weight=weight, latest=latest)

@@ -52,18 +52,21 @@ def scatter(draw: random.Random) -> Example:
 
 def step(draw: random.Random) -> Example:
     plan, seed, c, k = plan_of(draw), draw.randint(0, 99), draw.choice([4, 4, 4, 4, 5]), draw.randint(0, 3)
+    guided, keeps = draw.random() < 0.5, draw.random() < 0.5
+    if keeps:
+        plan = plan.subset([draw.random() < 0.7 for _ in range(plan.count)])
     coefficients, keep = normal(2 + k, seed=seed).tolist(), normal(2, seed=seed + 1).tolist()
     cond, uncond = (normal(1, plan.count, c, *plan.window, seed=seed + i) for i in (2, 3))
     sample, history = (normal(*s, 1, c, plan.height, plan.width, seed=seed + 4) for s in ((), (k,)))
+    latest = normal(1 + guided, *sample.shape, seed=seed + 5) if keeps else None
     guidance = draw.choice([0.0, 1.0, 7.5, positive(plan.height, plan.width) * 7])
 
-    def call(cond, uncond, sample, history, weight, guidance):
-        return ops.guided_step(
-            cond, uncond, sample, plan, coefficients, guidance, weight=weight, history=history, keep=keep
-        )
+    def call(cond, uncond, sample, history, latest, weight, guidance):
+        state = dict(history=history, keep=keep, latest=latest, carry=(0.6, 0.8))
+        return ops.guided_step(cond, uncond, sample, plan, coefficients, guidance, weight=weight, **state)
 
-    either, kept = draw.choice([uncond, None]), history if k else None
-    return call, [cond, either, sample, kept, weight_of(draw, plan), guidance]
+    either, past = uncond if guided else None, history if k else None
+    return call, [cond, either, sample, past, latest, weight_of(draw, plan), guidance]
 
 
 def attention(draw: random.Random) -> Example:

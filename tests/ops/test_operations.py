@@ -314,8 +314,8 @@ class TestOffsetsPast2To31:
         assert torch.equal(functions["scatter_windows"](inputs, None, *tables, geometry, True)[0, 0], values)
         sample, pair = torch.zeros(1, 1, 16, 16).half(), torch.tensor([0.0, 1.0], dtype=torch.float64)
         history = sample.new_zeros(0, *sample.shape)
-        arguments = inputs, inputs, sample, None, history, pair, pair, 1.0, None
-        new, _ = functions["guided_step"](*arguments, *tables, geometry)
+        arguments = inputs, inputs, sample, None, history, history, pair, pair, pair, 1.0, None
+        new, _, _ = functions["guided_step"](*arguments, *tables, geometry)
         assert torch.equal(new[0, 0], values)
 
     def test_attention_to_a_large_bank(self, functions, tmp_path):

@@ -62,10 +62,11 @@ def raw_calls(dtype=torch.float32):
     )
     need = [t.requires_grad_() for t in (cond, uncond, sample, history, query, key, value)]
     attention = query, key, value, ids, region_weights(1, 2, 5)
+    state = history, history.detach().clone(), numbers, numbers[:2]
     return {
         "gather_windows": (need[2], *tables, geometry),
         "scatter_windows": (cond, positive(*PLAN.window), *tables, geometry, True),
-        "guided_step": (cond, uncond, sample, None, history, numbers, numbers[:2], 2.0, guidance, *tables, geometry),
+        "guided_step": (cond, uncond, sample, None, *state, numbers[:2], 2.0, guidance, *tables, geometry),
         "regional_attention": (*attention, False, 0.5),
         "regional_attention_backward": (query.detach(), *(t.detach() for t in attention), True, 0.5),
     }
@@ -175,6 +176,14 @@ REFUSED = {
     "coefficients: expected a vector": lambda: take_step(coefficients=torch.ones(2, 2)),
     "coefficients: expected a constant": lambda: take_step(coefficients=torch.ones(2, requires_grad=True)),
     "keep: expected 2 numbers": lambda: take_step(keep=(1, 2, 3)),
+    "carry: expected 2 numbers (p, q), got 3": lambda: take_step(latest=CANVAS[None], carry=(1, 2, 3)),
+    "latest: expected (branches, B, C, height, width) = (1, 1, 2, 5, 7), got (2, 1, 2, 5, 7)": lambda: take_step(
+        latest=torch.stack([CANVAS, CANVAS])
+    ),
+    "plan: expected one that covers every cell": lambda: ops.scatter_windows(WINDOWS[:, :1], PLAN.subset([0])),
+    "plan: expected one that covers every cell (only guided_step": lambda: ops.guided_step(
+        WINDOWS[:, :1], None, CANVAS, PLAN.subset([0]), [1, 2], 1.0
+    ),
     "history: expected 1 entries": lambda: take_step(coefficients=[1, 2, 3]),
     "history: expected 0 entries, one for each coefficient after the second, got (1, 1, 2, 5, 7)": lambda: take_step(
         history=CANVAS[None]
