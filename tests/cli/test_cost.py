@@ -56,11 +56,14 @@ def test_what_no_memory_holds_is_refused_before_it_is_begun(refused, size):
 
 
 def test_what_this_machine_does_not_hold_is_refused(refused, monkeypatch):
-    monkeypatch.setattr(cost, "_host_memory", lambda: 2**20)
-    line = refused("generate", "lava", "--size", "512x512", "--preview", "layout.png")
-    assert "fits into the 1 MiB of the machine, got 512x512, which needs at least 6.12 MiB" in line
-    assert os.listdir() == []
-    monkeypatch.setattr(cost, "_host_memory", lambda: None)  # a system that does not say
+    for limits, told in (
+        ([(2**20, "the machine")], "fits into the 1 MiB of the machine, got 512x512, which needs at least 6.12 MiB"),
+        ([(2**22, "this process"), (2**40, "the machine")], "fits into the 4 MiB of this process, got 512x512"),
+    ):
+        monkeypatch.setattr(cost, "memory_limits", lambda limits=limits: limits)
+        assert told in refused("generate", "lava", "--size", "512x512", "--preview", "layout.png")
+        assert os.listdir() == []
+    monkeypatch.setattr(cost, "memory_limits", list)  # a system that does not say
     generate("--size", "64x64")
 
 
