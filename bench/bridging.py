@@ -311,13 +311,14 @@ GAP = 6  # pixels between the pictures of a sheet
 
 def sheet(lines: list[list[Path]], path: Path) -> None:
     """Pictures of one size side by side; red ticks above them: where windows rest."""
-    tiles = [[Image.open(file) for file in line] for line in lines]
-    width, height = tiles[0][0].size
-    image = Image.new("RGB", (len(tiles[0]) * (width + GAP) - GAP, len(tiles) * (height + GAP)), "white")
-    for y, line in enumerate(tiles):
-        for x, tile in enumerate(line):
+    with Image.open(lines[0][0]) as first:
+        width, height = first.size
+    image = Image.new("RGB", (len(lines[0]) * (width + GAP) - GAP, len(lines) * (height + GAP)), "white")
+    for y, line in enumerate(lines):
+        for x, file in enumerate(line):
             left, top = x * (width + GAP), y * (height + GAP)
-            image.paste(tile, (left, top + GAP))
+            with Image.open(file) as tile:
+                image.paste(tile, (left, top + GAP))
             for border in window_borders(width, SIDE):
                 image.paste("red", (left + border - 1, top + 1, left + border + 1, top + GAP - 1))
     with whole_file(path) as temporary:

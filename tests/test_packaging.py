@@ -3,7 +3,9 @@
 import importlib.util
 import json
 import os
+import re
 import runpy
+import shlex
 import shutil
 import subprocess
 import sys
@@ -152,20 +154,33 @@ def test_a_wheel_without_libraries_serves_every_platform(wheel):
     assert wheel.stat().st_size < 12e6
 
 
-def test_an_installed_wheel_paints_from_another_folder(wheel, tmp_path):
-    executable = fresh_environment(tmp_path / "venv", wheel)
-    where = python("import instantas; print(instantas.__file__)", cwd=tmp_path, executable=executable)
-    assert Path(where).is_relative_to(tmp_path / "venv")
-    command = ["generate", "grass", "--size", "140x60", "--steps", "1", "--device", "cpu", "-o", "a.png"]
-    run([executable.with_name("instantas"), *command], cwd=tmp_path)
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory):
+    """The Python of an environment with that wheel."""
+    return fresh_environment(tmp_path_factory.mktemp("installed") / "venv", wheel)
+
+
+def test_an_installed_wheel_paints_from_another_folder(installed, tmp_path):
+    where = python("import instantas; print(instantas.__file__)", cwd=tmp_path, executable=installed)
+    assert Path(where).is_relative_to(installed.parents[1])
+    (demo,) = re.findall(r"(?m)^\t\$\(BIN\)/instantas (generate .*)$", (ROOT / "Makefile").read_text())
+    (tmp_path / "out").mkdir()
+    run([installed.with_name("instantas"), *shlex.split(demo), "--steps", "1", "--device", "cpu"], cwd=tmp_path)
     from PIL import Image
 
-    with Image.open(tmp_path / "a.png") as picture:
-        assert picture.size == (140, 60) and picture.text["prompt"] == "grass"
-    states = python(f"{BLOCKED}{STATES}", cwd=tmp_path, executable=executable)
+    with Image.open(tmp_path / "out" / "demo.png") as picture:
+        assert picture.size == (1024, 256) and picture.text["prompt"] == "lava"
+    states = python(f"{BLOCKED}{STATES}", cwd=tmp_path, executable=installed)
     assert "cpp: not built: there is no C++ compiler" in states and MEND in states
     if importlib.util.find_spec("triton"):
-        python("from instantas.kernels import attention, step, windows", cwd=tmp_path, executable=executable)
+        python("from instantas.kernels import attention, step, windows", cwd=tmp_path, executable=installed)
+
+
+def test_the_documentation_runs_from_an_installed_wheel(installed, tmp_path):
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs" / "examples").glob("*.py"))]
+    # -I: nothing of the checkout is found, the folder of the script neither
+    said = run([installed, "-I", ROOT / "tests" / "documents.py", *pages], cwd=tmp_path).splitlines()
+    assert [line for line in said if line in {page.name for page in pages}] == [page.name for page in pages]
 
 
 needs_compiler = pytest.mark.skipif(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from instantas.cli.limits import memory_limits
 
 FLOAT = 4  # bytes
 
@@ -56,17 +57,17 @@ class Memory:
         return cls(latents, pixels * pipe.vae.dtype.itemsize, 2 * pixels * FLOAT)
 
     def check(self, device: torch.device, size: str) -> None:
-        """Refuse what the machine cannot hold.
+        """Refuse what the machine cannot hold, or a limit on this process (`limits`) does not let it.
 
         Raises:
             ValueError: naming what is needed and what is there.
         """
         host = self.picture if device.type != "cpu" else self.picture + self.canvas
-        needs = {"the machine": (host, _host_memory())}
+        needs = [(host, there, place) for there, place in memory_limits()]
         if device.type == "cuda":
-            needs[str(device)] = (self.canvas + self.decoded, torch.cuda.mem_get_info(device)[0])
-        for place, (need, there) in needs.items():
-            if there is not None and need > there:
+            needs.append((self.canvas + self.decoded, torch.cuda.mem_get_info(device)[0], str(device)))
+        for need, there, place in needs:
+            if need > there:
                 raise ValueError(
                     f"size: expected a picture that fits into the {in_bytes(there)} of {place}, got {size}, "
                     f"which needs at least {in_bytes(need)}"
@@ -80,11 +81,3 @@ def in_bytes(count: int) -> str:
     """In the unit that suits the number: 384 MiB."""
     power = min(6, max(0, (count.bit_length() - 1) // 10))
     return f"{count / 1024**power:,.3g} {('B', 'KiB', 'MiB', 'GiB', 'TiB', 'PiB', 'EiB')[power]}"
-
-
-def _host_memory() -> int | None:
-    """Bytes that the machine has; None where it does not say."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return None

@@ -1,4 +1,4 @@
-"""`instantas generate`: paints a picture, or goes on with one whose latents were kept."""
+"""`instantas generate`: paints a picture, or makes one of latents that were kept."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from click.core import ParameterSource
 from instantas import __version__
 from instantas.cli.cost import Memory
 from instantas.cli.options import DTYPES, SCHEDULERS, Device, Size, default_device, wrap_option
-from instantas.cli.record import digests, kept, latents_path, read_latents, read_regions, write_png
+from instantas.cli.record import digests, kept, kept_unfinished, latents_path, read_latents, read_regions, write_png
 from instantas.files import check_writable
 from instantas.regions import SCHEDULES, RegionMap
 from instantas.sampling.bridging import BRIDGES, DEFAULT, evaluations
@@ -72,7 +72,7 @@ BESIDE_RESUME = ("resume", "output", "force", "model", "dtype", "device")
     "--resume",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Decode the latents that a run has kept which could not, in place of painting PROMPT.",
+    help="Make a picture of the latents that a run has kept, in place of painting PROMPT.",
 )
 @click.pass_context
 def generate(
@@ -148,9 +148,7 @@ def _paint(
     click.echo(f"{_evaluations(pipe, size, settings, len(regions))}, memory: {memory}")
     seed = random.SystemRandom().randrange(2**32) if seed is None else seed
     generator = torch.Generator("cpu").manual_seed(seed)
-    asked = dict(height=height, width=width, regions=regions, output_type="latent")
-    latents = pipe(prompt, **asked, generator=generator, **settings).images
-    settings |= {
+    noted = settings | {
         "instantas": __version__,
         "model": model or EMBEDDED,
         "scheduler": scheduler,
@@ -163,9 +161,12 @@ def _paint(
         "prompt": prompt,
         "seed": str(seed),
         "size": f"{width}x{height}",
-        "settings": json.dumps(settings),
+        "settings": json.dumps(noted),
         "Software": f"instantas {__version__}",
     }
+    asked = dict(height=height, width=width, regions=regions, output_type="latent", generator=generator)
+    with kept_unfinished(output, text) as after_step:
+        latents = pipe(prompt, **asked, callback_on_step_end=after_step, **settings).images
     with kept(latents, output, text):
         _decode(pipe, latents, output, text, force)
 
@@ -181,10 +182,11 @@ def _resume(path, output, force, options):
 
 def _decode(pipe, latents, output, text, force):
     width, height = map(int, text["size"].split("x"))
-    wrap = tuple(json.loads(text["settings"])["wrap"])
-    picture = pipe.decode(latents, height, width, wrap=wrap)[0]
+    settings = json.loads(text["settings"])
+    picture = pipe.decode(latents, height, width, wrap=tuple(settings["wrap"]))[0]
     write_png(picture, output, text, force)
-    click.echo(f"{output}: {width}x{height}, seed {text['seed']}")
+    unfinished = f", not finished: after {settings['unfinished']}" if "unfinished" in settings else ""
+    click.echo(f"{output}: {width}x{height}, seed {text['seed']}{unfinished}")
 
 
 def _pipeline(model, scheduler, dtype, device):

@@ -2,7 +2,9 @@
 
 All are functional, deterministic, differentiable, work under `torch.compile(fullgraph=True)` and inside a CUDA graph,
 and are registered as `torch.ops.instantas.*`. Tensors are float32, float16 or bfloat16 (float64 on the CPU and on the
-reference backend); arithmetic is float32 (float64 for float64). Needs only torch.
+reference backend); arithmetic is float32 (float64 for float64). Under the transforms of `torch.func` (`grad`, `vmap`,
+`jacrev`), which see through nothing but PyTorch, the reference runs, whatever backend serves the tensors. Needs only
+torch.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from instantas.ops import reference
-from instantas.ops.backend import implementation
+from instantas.ops.backend import REFERENCE, implementation
 from instantas.ops.schemas import SCHEMAS
 
 _library = torch.library.Library("instantas", "DEF")
@@ -16,9 +16,11 @@ _library = torch.library.Library("instantas", "DEF")
 _FACTOR = ("float scale)", "float scale, Tensor? factor=None)")
 
 
-def _dispatcher(operation):
+def _dispatcher(operation, chosen=None):
+    """The operator's kernel; chosen: the function that it runs, in place of the backend's that serves the tensors."""
+
     def run(*args):
-        return implementation(operation, args[0])(*args)
+        return (chosen or implementation(operation, args[0]))(*args)
 
     def run_scaled(*args):
         *args, scale, factor = (*args, None) if isinstance(args[-1], float) else args  # without what is its default
@@ -34,6 +36,8 @@ def _scaled(scale, factor):
 for _name, _schema in SCHEMAS.items():
     _library.define(_name + _schema.replace(*_FACTOR), tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(_name, _dispatcher(_name), "CompositeExplicitAutograd")
+    # torch.func cannot transform the derivatives registered below: where it is at work, the reference's steps are
+    _library.impl(_name, _dispatcher(_name, REFERENCE[_name]), "FuncTorchDynamicLayerFrontMode")
 
 
 def weight_total(weight: torch.Tensor, tables: Sequence[torch.Tensor], geometry: list[int]) -> torch.Tensor:

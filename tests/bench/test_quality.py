@@ -4,10 +4,10 @@ import functools
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageColor
 from scipy import ndimage
 
-from bench import quality
+from bench import bridging, quality
 from instantas.windows import WindowPlan
 
 data = pytest.importorskip("skimage.data")
@@ -203,3 +203,23 @@ def test_folder_of_pictures(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert printed.count("seam_columns") == 4 and "seam_rows" not in printed
     assert "interval" in printed
+
+
+def test_a_sheet_has_every_picture_in_its_place_under_the_ticks_of_its_windows(tmp_path):
+    colours = [["navy", "teal"], ["olive", "gray"]]
+    files = [[tmp_path / f"{colour}.png" for colour in line] for line in colours]
+    for line in files:
+        for file in line:
+            Image.new("RGB", (256, 128), file.stem).save(file)
+    bridging.sheet(files, tmp_path / "sheet.png")
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        gap = bridging.GAP
+        assert sheet.size == (2 * 256 + gap, 2 * (128 + gap))
+        for y, line in enumerate(colours):
+            for x, colour in enumerate(line):
+                left, top = x * (256 + gap), y * (128 + gap)
+                tile = sheet.crop((left, top + gap, left + 256, top + gap + 128))
+                assert tile.getcolors() == [(256 * 128, ImageColor.getrgb(colour))]
+                above = np.asarray(sheet.crop((left, top, left + 256, top + gap)))
+                red = (above == (255, 0, 0)).all(-1).any(0)
+                assert list(np.flatnonzero(red)) == [127, 128]

@@ -2,17 +2,22 @@
 
 import json
 import os
+import shlex
+import weakref
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from instantas import demo
-from instantas.cli import cost, main
+from instantas.cli import cost, main, record
 from instantas.cli.errors import message
+from instantas.cli.record import read_latents
 from instantas.pipelines.pipeline import InstantASPipeline
 from instantas.windows import WindowPlan
 
@@ -56,11 +61,14 @@ def test_what_no_memory_holds_is_refused_before_it_is_begun(refused, size):
 
 
 def test_what_this_machine_does_not_hold_is_refused(refused, monkeypatch):
-    monkeypatch.setattr(cost, "_host_memory", lambda: 2**20)
-    line = refused("generate", "lava", "--size", "512x512", "--preview", "layout.png")
-    assert "fits into the 1 MiB of the machine, got 512x512, which needs at least 6.12 MiB" in line
-    assert os.listdir() == []
-    monkeypatch.setattr(cost, "_host_memory", lambda: None)  # a system that does not say
+    for limits, told in (
+        ([(2**20, "the machine")], "fits into the 1 MiB of the machine, got 512x512, which needs at least 6.12 MiB"),
+        ([(2**22, "this process"), (2**40, "the machine")], "fits into the 4 MiB of this process, got 512x512"),
+    ):
+        monkeypatch.setattr(cost, "memory_limits", lambda limits=limits: limits)
+        assert told in refused("generate", "lava", "--size", "512x512", "--preview", "layout.png")
+        assert os.listdir() == []
+    monkeypatch.setattr(cost, "memory_limits", list)  # a system that does not say
     generate("--size", "64x64")
 
 
@@ -145,6 +153,153 @@ def test_memory_that_runs_out_while_painting_is_a_line(refused, monkeypatch):
     monkeypatch.setattr(InstantASPipeline, "__call__", fail)
     assert refused("generate", "lava", "--size", "8x8") == f"instantas: out of memory: {NO_MEMORY[0]}"
     assert os.listdir() == []
+
+
+# What stops a run leaves the latents of its last finished step
+
+
+def stopped_at(patch, step, error):
+    """From the given step on, counted from 0, the network fails."""
+    seen = []
+
+    def fail(self, sample, timestep, *arguments, **settings):
+        if float(timestep.max()) not in seen:
+            seen.append(float(timestep.max()))
+        if len(seen) > step:
+            raise error
+        return forward(self, sample, timestep, *arguments, **settings)
+
+    forward = UNet2DConditionModel.forward
+    patch.setattr(UNet2DConditionModel, "forward", fail)
+
+
+@pytest.fixture
+def stopped(refused, monkeypatch):
+    """Runs a command whose network fails from some step on: (the line, the command in it)."""
+
+    def run(step, error, *arguments):
+        with monkeypatch.context() as patch:
+            stopped_at(patch, step, error)
+            line = refused("generate", "lava", "--device", "cpu", "--seed", "3", *arguments)
+        assert line.endswith("; to begin again: the same command with --seed 3 --force")
+        return line, shlex.split(line.split("to see them: ")[1].split(";")[0])[1:]
+
+    return run
+
+
+def after_steps(monkeypatch, *arguments):
+    """The latents after each step of a run that nothing stops, whose picture is instantas.png."""
+    latents, call = [], InstantASPipeline.__call__
+
+    def remember(self, *rest, callback_on_step_end, **settings):
+        def after_step(pipe, step, timestep, tensors):
+            latents.append(tensors["latents"].clone())
+            return {}
+
+        return call(self, *rest, callback_on_step_end=after_step, **settings)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(InstantASPipeline, "__call__", remember)
+        main(["generate", "lava", "--device", "cpu", "--seed", "3", *arguments])
+    return latents
+
+
+@pytest.mark.parametrize("error", [*NO_MEMORY, KeyboardInterrupt(), OSError(5, "Input/output error")])
+def test_what_stops_a_run_leaves_its_last_step(stopped, error):
+    line, _ = stopped(1, error, "--size", "64x64", "--steps", "2", "-o", "a.png")
+    assert (error in NO_MEMORY) == line.startswith("instantas: out of memory: ")
+    assert "the latents after step 1 of 2 are kept, unfinished; to see them: instantas generate --resume" in line
+    assert os.listdir() == ["a.latents.safetensors"]
+
+
+def test_an_unfinished_picture_can_be_seen_and_begun_again(stopped, monkeypatch, capsys):
+    arguments = ("--size", "200x136", "--steps", "4", "--wrap", "y")
+    wanted = after_steps(monkeypatch, *arguments)[1]
+    _, command = stopped(2, KeyboardInterrupt(), *arguments, "-o", "a.png")
+    assert torch.equal(read_latents(Path("a.latents.safetensors"))[0], wanted)
+    main(command)
+    assert "a.png: 200x136, seed 3, not finished: after step 2 of 4" in capsys.readouterr().out
+    picture = InstantASPipeline.from_pretrained(demo.folder()).decode(wanted, 136, 200, wrap=(True, False))[0]
+    with Image.open("a.png") as seen, Image.open("instantas.png") as whole:
+        assert np.array_equal(seen, picture) and not np.array_equal(seen, whole)
+        settings = json.loads(seen.text["settings"])
+        assert settings.pop("unfinished") == "step 2 of 4"
+        assert settings == json.loads(whole.text["settings"]) and seen.text["seed"] == "3"
+    main(["generate", "lava", "--device", "cpu", *arguments, "-o", "a.png", "--seed", "3", "--force"])
+    assert Path("a.png").read_bytes() == Path("instantas.png").read_bytes()
+    assert sorted(os.listdir()) == ["a.png", "instantas.png"]
+
+
+@pytest.mark.parametrize(
+    "options, of",
+    [
+        (("--scheduler", "euler", "--bridging", "none"), 3),
+        (("--scheduler", "heun", "--bridging", "centred"), 5),  # evaluates every step but the last twice
+        (("--scheduler", "dpm++", "--region", "snow@0,0,0.5,1"), 3),
+        (("--scheduler", "euler-a", "--method", "multidiffusion", "--region", "snow@0,0,0.5,1"), 3),
+        (("--dtype", "bfloat16", "--bridging", "shift+moments"), 3),
+    ],
+)
+def test_the_last_step_of_any_run_is_kept(stopped, monkeypatch, capsys, options, of):
+    options = ("--size", "160x128", "--steps", "3", *options)
+    wanted = after_steps(monkeypatch, *options)
+    assert len(wanted) == of
+    line, command = stopped(1, KeyboardInterrupt(), *options, "-o", "a.png")
+    latents, text = read_latents(Path("a.latents.safetensors"))
+    step = int(line.split("after step ")[1].split(f" of {of} ")[0])
+    assert torch.equal(latents, wanted[step - 1]) and latents.dtype == wanted[0].dtype
+    main(command)
+    assert f"not finished: after step {step} of {of}" in capsys.readouterr().out
+
+
+def test_the_command_in_the_line_can_be_run_as_it_stands(stopped):
+    generate("--size", "64x64", "-o", "my lava.png")
+    _, command = stopped(1, KeyboardInterrupt(), "--size", "64x64", "--steps", "2", "-o", "my lava.png", "--force")
+    assert command == ["generate", "--resume", "my lava.latents.safetensors", "-o", "my lava.png", "--force"]
+    main(command)
+    with Image.open("my lava.png") as picture:
+        assert json.loads(picture.text["settings"])["unfinished"] == "step 1 of 2"
+
+
+def test_nothing_is_kept_of_a_run_without_a_finished_step_or_with_an_error_of_ours(refused, monkeypatch):
+    command = ["generate", "lava", "--size", "64x64", "--steps", "2", "--device", "cpu"]
+    with monkeypatch.context() as patch:
+        stopped_at(patch, 0, KeyboardInterrupt())
+        assert refused(*command) == "instantas: stopped"
+    stopped_at(monkeypatch, 1, RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    with pytest.raises(RuntimeError, match="mat1"):
+        main(command)
+    assert os.listdir() == []
+
+
+@pytest.mark.parametrize(
+    "failure", [OSError(28, "No space left on device"), SafetensorError("I/O error"), NO_MEMORY[1]]
+)
+def test_latents_that_cannot_be_kept_do_not_hide_what_happened(refused, monkeypatch, failure):
+    def fail(*arguments, **settings):
+        raise failure
+
+    monkeypatch.setattr("safetensors.torch.save_file", fail)
+    stopped_at(monkeypatch, 1, NO_MEMORY[2])
+    line = refused("generate", "lava", "--size", "64x64", "--steps", "2", "--device", "cpu", "--seed", "3")
+    assert line.startswith(f"instantas: out of memory: {NO_MEMORY[2]}; the latents could not be kept: ")
+    assert str(failure) in line and line.endswith("; to begin again: the same command with --seed 3 --force")
+    assert os.listdir() == []
+
+
+def test_what_filled_the_memory_is_let_go_before_latents_are_written(refused, monkeypatch):
+    def fail(self, *arguments, **settings):
+        if float(arguments[1].max()) < 500:
+            activations = torch.zeros(9)
+            held.append(weakref.ref(activations))
+            raise NO_MEMORY[2]
+        return forward(self, *arguments, **settings)
+
+    held, forward, save = [], UNet2DConditionModel.forward, record._save
+    monkeypatch.setattr(UNet2DConditionModel, "forward", fail)
+    monkeypatch.setattr(record, "_save", lambda *rest: (held.append(held[0]() is None), save(*rest)))
+    refused("generate", "lava", "--size", "64x64", "--steps", "2", "--device", "cpu")
+    assert held[-1] is True
 
 
 def test_other_errors_of_the_library_are_not_hidden():

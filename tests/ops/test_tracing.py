@@ -284,8 +284,7 @@ def test_forward_mode_is_refused():
             function(x)  # has no tangent
 
 
-@pytest.mark.filterwarnings("ignore:There is a performance drop")
-def test_vmap_is_a_loop():
+def test_vmap():
     plan, (query, *bank) = fresh_plan(), attention_tensors()
     many = torch.stack([CANVAS, CANVAS * 2, CANVAS - 1])
     torch.testing.assert_close(
@@ -294,6 +293,51 @@ def test_vmap_is_a_loop():
     queries = torch.stack([query, query * 2])
     expected = torch.stack([attend(each, *bank, 0.5) for each in queries])
     torch.testing.assert_close(torch.vmap(lambda x: attend(x, *bank, 0.5))(queries), expected)
+
+
+def transformable(plan):
+    """(function, inputs) of every operation, with all that a gradient passes through."""
+    windows, history = ops.gather_windows(CANVAS, plan).double(), torch.stack([CANVAS, CANVAS**2]).double()
+
+    def step(cond, uncond, sample, history):
+        scale = torch.linspace(1, 3, 35, dtype=torch.float64).reshape(5, 7)
+        numbers = [2, 3, 4, 5], scale
+        return torch.cat([part.flatten() for part in ops.guided_step(
+            cond, uncond, sample, plan, *numbers, history=history, keep=(0.5, 2)
+        )])  # fmt: skip
+
+    yield lambda x: ops.gather_windows(x, plan), [CANVAS.double()]
+    yield lambda x: ops.scatter_windows(x, plan, plan.weight("linear")), [windows]
+    yield step, [windows, windows.cos(), CANVAS.double(), history]
+    for mode in ("blend", "joint"):
+        yield functools.partial(attend, scale=0.7, mode=mode), attention_tensors(torch.float64)
+
+
+def test_torch_func_takes_the_derivatives_that_autograd_takes():
+    for function, inputs in transformable(fresh_plan()):
+        every = tuple(range(len(inputs)))
+
+        def loss(*inputs, function=function):
+            return (function(*inputs) ** 3).sum()
+
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        expected = torch.autograd.grad(loss(*leaves), leaves)
+        torch.testing.assert_close(torch.func.grad(loss, every)(*inputs), expected)
+        many = [torch.stack([x, x.sin()]) for x in inputs]
+        each = torch.vmap(torch.func.grad(loss, every))(*many)
+        torch.testing.assert_close([g[0] for g in each], list(expected))
+        jacobian = torch.autograd.functional.jacobian(function, tuple(inputs))
+        torch.testing.assert_close(torch.func.jacrev(function, every)(*inputs), jacobian)
+
+
+def test_torch_func_goes_on_to_second_derivatives():
+    for function, (x, *others) in transformable(WindowPlan(5, 7, (5, 4), [[0, 0], [0, 3]])):
+
+        def loss(x, function=function, others=others):
+            return (function(x, *others) ** 3).sum()
+
+        expected = torch.autograd.functional.hessian(loss, x)
+        torch.testing.assert_close(torch.func.jacrev(torch.func.grad(loss))(x), expected)
 
 
 # Tensors without values, and plans with tables of their own

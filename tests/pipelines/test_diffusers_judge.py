@@ -21,7 +21,7 @@ from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 
 from instantas import InstantASPipeline
 from instantas.testing.tiny import tiny_pipeline
-from tests.pipelines.diffusers_judge import Judge, compare, difference
+from tests.pipelines.diffusers_judge import Judge, closeness, compare, difference
 
 CHECKOUT = os.environ.get("DIFFUSERS_CHECKOUT")
 MODULES = (
@@ -167,6 +167,12 @@ def test_verdicts():
     fixed = output(torch.zeros(1, 2, 2, 3))
     verdict = compare(lambda: fixed, lambda: (torch.rand(1, generator=generator), fixed)[1], generator)[0]["verdict"]
     assert verdict == "equal, generator in another state"
+
+
+def test_pictures_may_differ_by_rounding_alone():
+    assert 1e-5 < closeness("np", torch.float32) == closeness("latent", torch.float32) < 2**-10  # half precision shows
+    assert 1 / 255 < closeness("pil", torch.float32) < 2 / 255
+    assert 2 * 2**-8 < closeness("pil", torch.bfloat16) == closeness("np", torch.float8_e4m3fn) < 3 * 2**-8
 
 
 def test_difference_of_outputs():

@@ -1,0 +1,73 @@
+"""What a reader copies from the documentation, run in the current folder by whichever instantas is installed.
+
+    python -I tests/documents.py README.md docs/examples/*.py      # prints what has painted what it should
+
+The README's calls take one step each; nothing else is changed.
+"""
+
+import re
+import runpy
+import shlex
+import sys
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import torch
+from PIL import Image
+
+from instantas.cli import main
+from instantas.pipelines.pipeline import InstantASPipeline
+
+SIZES = [(1024, 256), (512, 256), (512, 512), None]  # of what the README's Python blocks paint
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    found = re.findall(r"(?ms)^```(\w*)\n(.*?)^```$", page.read_text(encoding="utf-8"))
+    return [text for name, text in found if name == language]
+
+
+def commands(page: Path) -> list[list[str]]:
+    """The arguments of every `instantas` in a block, but for those that download a model."""
+    lines = "".join(blocks(page, "")).replace("\\\n", "").splitlines()
+    found = [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("instantas ")]
+    return [arguments for arguments in found if "--model" not in arguments]
+
+
+def run_readme(page: Path) -> None:
+    """Its Python blocks one after the other, then its commands."""
+    call = InstantASPipeline.__call__
+
+    def quick(self, *arguments, **settings):
+        return call(self, *arguments, **settings | {"num_inference_steps": 1})
+
+    cond, uncond, latents = *torch.zeros(2, 1, 4, 4, 64, 64), torch.ones(1, 4, 64, 256)
+    names = dict(cond=cond, uncond=uncond, latents=latents, a=0.5, b=1.0)  # what a reader has of their own
+    with mock.patch.object(InstantASPipeline, "__call__", quick):
+        for block, size in zip(blocks(page, "python"), SIZES, strict=True):
+            exec(block, names)
+            assert size is None or names["image"].size == size
+        assert (names["latents"] == 0.5).all()
+        for arguments in commands(page):
+            main(arguments)
+    for arguments in commands(page):
+        for option in ("-o", "--plot", "--preview"):
+            if option in arguments:
+                with Image.open(arguments[arguments.index(option) + 1]) as picture:
+                    size = "{}x{}".format(*picture.size)
+                assert option != "-o" or size == arguments[arguments.index("--size") + 1]
+
+
+def run_example(path: Path) -> None:
+    output = f"{path.stem}.png"
+    with mock.patch.object(sys, "argv", [str(path), output]):
+        runpy.run_path(str(path), run_name="__main__")
+    with Image.open(output) as picture:
+        pixels = np.asarray(picture).astype(float)
+    assert pixels.shape[0] == 128 and pixels.std() > 5
+
+
+if __name__ == "__main__":
+    for page in map(Path, sys.argv[1:]):
+        run_example(page) if page.suffix == ".py" else run_readme(page)
+        print(page.name, flush=True)
