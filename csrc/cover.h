@@ -22,19 +22,7 @@ struct CanvasTile {
   const int32_t* last;  // the covering windows
 
   // Whether all its cells have the same single window: their mean is that window's value.
-  bool has_one_window(const Plan& plan) const {
-    if (last - first != 1) return false;
-    const auto cells = [](Span tile, int origin, int window, int length) {
-      int count = 0;
-      for (int turn = 0; turn < 2; ++turn) {
-        const Span span = covered(tile, origin, window, length, turn);
-        count += span.end > span.begin ? span.end - span.begin : 0;
-      }
-      return count;
-    };
-    return cells(y, plan.origins[2 * *first], plan.h, plan.height) == y.end - y.begin &&
-           cells(x, plan.origins[2 * *first + 1], plan.w, plan.width) == x.end - x.begin;
-  }
+  bool has_one_window() const { return last - first == 1; }
 
   CanvasTile(const Plan& plan, int64_t tile) {
     const int top = static_cast<int>(tile / plan.tiles_x()) * plan.tile_y;

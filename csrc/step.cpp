@@ -15,33 +15,25 @@ void divide(A* sums, const A* norm, int count) {
   for (int x = 0; x < count; ++x) sums[x] /= norm[x];
 }
 
-// One row of a tile, of one guidance branch, whose means `means` are kept where a window covers the cell, and are what
-// was kept elsewhere. norm nullptr: all are covered.
+// One row of a tile, of one guidance branch: its means are kept where a window covers the cell (norm > 0; nullptr:
+// everywhere), elsewhere they are what was kept.
 template <class T, class A>
 void keep(const Step<T>& step, int64_t offset, int branch, const A* norm, A* means, int count) {
   const A p = static_cast<A>(step.update.carry[0]), q = static_cast<A>(step.update.carry[1]);
   const T *sample = step.sample + offset, *old = step.latest + branch * step.history_stride + offset;
   T* kept = step.new_latest + branch * step.history_stride + offset;
-  if (!norm) {
-    for (int x = 0; x < count; ++x) kept[x] = narrow<T>(combined(p, A(widen(sample[x])), q, means[x]));
-    return;
-  }
-  for (int x = 0; x < count; ++x) {
-    const A sampled = widen(sample[x]), before = widen(old[x]);
-    const bool is_covered = norm[x] > 0;
-    kept[x] = is_covered ? narrow<T>(combined(p, sampled, q, means[x])) : old[x];
-    means[x] = is_covered ? means[x] : recalled(p, sampled, q, before);
+  for (int x = 0; x < count; ++x) kept[x] = narrow<T>(combined(p, A(widen(sample[x])), q, means[x]));
+  for (int x = 0; norm && x < count; ++x) {
+    if (norm[x] > 0) continue;
+    kept[x] = old[x];
+    means[x] = recalled(p, A(widen(sample[x])), q, A(widen(old[x])));
   }
 }
 
-// One row of a tile: the merged sums become the new sample and the new history entry. norm nullptr: 1 everywhere.
+// One row of a tile: the means become the new sample and the new history entry.
 template <class T, class A = arithmetic_t<T>>
-void advance(const Step<T>& step, int64_t offset, const A* guidance, const A* norm, A* merged, A* unguided, int count) {
-  if (norm) divide(merged, norm, count);
-  if (step.keeps) keep(step, offset, 0, norm, merged, count);
+void advance(const Step<T>& step, int64_t offset, const A* guidance, A* merged, A* unguided, int count) {
   if (step.is_guided) {
-    if (norm) divide(unguided, norm, count);
-    if (step.keeps) keep(step, offset, 1, norm, unguided, count);
     const A scale = step.guidance;
     if (guidance)
       for (int x = 0; x < count; ++x) merged[x] = guided(merged[x], unguided[x], guidance[x]);
@@ -69,43 +61,55 @@ void advance(const Step<T>& step, int64_t offset, const A* guidance, const A* no
   for (int x = 0; x < count; ++x) out[x] = narrow<T>(combined(a, A(widen(sample[x])), b, merged[x]) + history[x]);
 }
 
-// Whether there is some weight over every cell of the tile.
+// How the windows share the cells of a tile.
 template <class A>
-bool has_weight(const CanvasTile& tile, const A* norm, int tile_x) {
-  bool everywhere = true;
-  for (int y = 0; y < tile.y.end - tile.y.begin; ++y)
-    for (int x = 0; x < tile.x.end - tile.x.begin; ++x) everywhere &= norm[y * tile_x + x] > 0;
-  return everywhere;
-}
+struct Sharing {
+  bool is_disjoint, is_covered;  // whether no cell has two windows, and whether every cell has one, with some weight
+
+  // norm: (tile_y, tile_x), to be filled with the sums of the overlap weights unless there is one window everywhere.
+  Sharing(const Plan& plan, const CanvasTile& tile, const Overlap<A>& overlap, bool is_partial, std::vector<A>& norm)
+      : is_disjoint(!is_partial && tile.has_one_window()), is_covered(is_disjoint) {
+    if (is_disjoint) return;
+    std::fill(norm.begin(), norm.end(), A(0));
+    sum_weights(plan, tile, overlap, norm.data());
+    int64_t covered = 0, with_weight = 0;
+    for_each_run(plan, tile, [&](int, int, int, int, int count) { covered += count; });
+    for (const A weight : norm) with_weight += weight > 0;
+    is_disjoint = covered == with_weight;
+    is_covered = with_weight == int64_t{tile.y.end - tile.y.begin} * (tile.x.end - tile.x.begin);
+  }
+};
 
 template <class T, class A = arithmetic_t<T>>
 void run(const Step<T>& step, const Plan& plan, int64_t images) {
   const int64_t tiles = int64_t{plan.tiles_y()} * plan.tiles_x(), area = int64_t{plan.tile_y} * plan.tile_x;
   const int64_t grain = GRAIN / (area * plan.channels) + 1;
+  const T* sources[] = {step.cond, step.uncond};
+  const int branches = step.is_guided ? 2 : 1;
   torch::stable::parallel_for(0, images * tiles, grain, [&](int64_t begin, int64_t end) {
-    std::vector<A> norm(area), merged(area), unguided(area);
+    std::vector<A> norm(area), means[] = {std::vector<A>(area), std::vector<A>(area)};
     for (int64_t task = begin; task < end; ++task) {
       const int64_t image = task / tiles;
       const CanvasTile tile(plan, task % tiles);
-      Overlap<A> overlap{step.weight, step.weight_stride};
-      bool one_window = tile.has_one_window(plan);
-      std::fill(norm.begin(), norm.end(), A(0));
-      if (!one_window || step.keeps) sum_weights(plan, tile, overlap, norm.data());
-      if (one_window && step.keeps) one_window = has_weight(tile, norm.data(), plan.tile_x);
-      if (one_window) overlap = {nullptr, 0};
+      const Overlap<A> weights{step.weight, step.weight_stride};
+      const Sharing<A> sharing(plan, tile, weights, step.keeps, norm);
+      const Overlap<A> overlap = sharing.is_disjoint ? Overlap<A>{nullptr, 0} : weights;
+      const int count = tile.x.end - tile.x.begin;
       for (int channel = 0; channel < plan.channels; ++channel) {
-        std::fill(merged.begin(), merged.end(), A(0));
-        sum_windows(plan, tile, overlap, step.cond, image, channel, merged.data());
-        if (step.is_guided) {
-          std::fill(unguided.begin(), unguided.end(), A(0));
-          sum_windows(plan, tile, overlap, step.uncond, image, channel, unguided.data());
+        for (int branch = 0; branch < branches; ++branch) {
+          std::fill(means[branch].begin(), means[branch].end(), A(0));
+          sum_windows(plan, tile, overlap, sources[branch], image, channel, means[branch].data());
         }
         for (int y = tile.y.begin; y < tile.y.end; ++y) {
           const int64_t row = int64_t{y - tile.y.begin} * plan.tile_x;
+          const int64_t offset = plan.canvas_offset(image, channel, y, tile.x.begin);
+          for (int branch = 0; branch < branches; ++branch) {
+            A* mean = means[branch].data() + row;
+            if (!sharing.is_disjoint) divide(mean, norm.data() + row, count);
+            if (step.keeps) keep(step, offset, branch, sharing.is_covered ? nullptr : norm.data() + row, mean, count);
+          }
           const A* guidance = step.guidance_map ? step.guidance_map + int64_t{y} * plan.width + tile.x.begin : nullptr;
-          advance<T>(step, plan.canvas_offset(image, channel, y, tile.x.begin), guidance,
-                     one_window ? nullptr : norm.data() + row, merged.data() + row,
-                     unguided.data() + row, tile.x.end - tile.x.begin);
+          advance<T>(step, offset, guidance, means[0].data() + row, means[1].data() + row, count);
         }
       }
     }

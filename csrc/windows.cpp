@@ -52,7 +52,7 @@ void scatter(const T* windows, const Overlap<A>& overlap, T* canvas, const Plan&
     for (int64_t task = begin; task < end; ++task) {
       const int64_t image = task / tiles;
       const CanvasTile tile(plan, task % tiles);
-      if (normalize && tile.has_one_window(plan)) {
+      if (normalize && tile.has_one_window()) {
         copy_window(plan, tile, windows, image, canvas);
         continue;
       }

@@ -36,6 +36,10 @@ class Prediction:
         """One of all cells, (B, C, H, W); whole: the plan of one window that is the canvas."""
         return cls(cond[:, None], uncond if uncond is None else uncond[:, None], whole)
 
+    def conditional(self) -> Prediction:
+        """That with the prompt alone."""
+        return replace(self, uncond=None, latest=None if self.latest is None else self.latest[:1])
+
     def kept(self, latest: torch.Tensor | None, carry: torch.Tensor | None, sample: torch.Tensor) -> Prediction:
         """This, with predictions made before: of both branches what was kept of either, or of none at the first step.
 
@@ -88,8 +92,8 @@ def predict(
     windows = ops.gather_windows(canvas if view is None else view.apply(canvas), plan)
     windows = windows if scale is None else windows * scale
     predicted = evaluate(windows.flatten(0, 1), context)
-    cond, uncond = (p if p is None else p.unflatten(0, windows.shape[:2]) for p in predicted)
+    branches = [p.unflatten(0, windows.shape[:2]) for p in predicted if p is not None]
     if view is None:
-        return Prediction(cond, uncond, plan, weight)
-    cond, uncond = (p if p is None else view.invert(ops.scatter_windows(p, plan)) for p in (cond, uncond))
-    return Prediction.of_canvas(cond, uncond, whole)
+        return Prediction(branches[0], branches[1] if len(branches) > 1 else None, plan, weight)
+    cond, *uncond = (view.invert(ops.scatter_windows(p, plan)) for p in branches)
+    return Prediction.of_canvas(cond, uncond[0] if uncond else None, whole)

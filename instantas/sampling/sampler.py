@@ -201,20 +201,19 @@ class _Advance:
         if not context.plan.count and latest is not None and len(latest) == 2:
             predicted = replace(predicted, uncond=predicted.cond)
         if guidance is None:
-            predicted = replace(predicted, uncond=None)
+            predicted = predicted.conditional()
         if self.reuse:
             predicted = predicted.kept(latest, step.carry, canvas)
         if predicted.uncond is not None and rescale > 0:
             guided, latest = predicted.merged(canvas, guidance)
-            conditional = replace(predicted, uncond=None, latest=None if latest is None else predicted.latest[:1])
-            rescaled = _rescaled(guided, conditional.merged(canvas, 1.0)[0], rescale)
+            rescaled = _rescaled(guided, predicted.conditional().merged(canvas, 1.0)[0], rescale)
             predicted = Prediction.of_canvas(rescaled, None, self.whole)
         if stage.adjust is not None:
             merged, kept = predicted.merged(canvas, guidance)
             latest = latest if kept is None else kept
             noisy = canvas if scale is None else canvas * scale
             predicted = Prediction.of_canvas(stage.adjust(merged, noisy, context), None, self.whole)
-        advanced, history, kept = self.update.step(predicted, guidance, state, step)
+        advanced, history, kept = self.update.step(predicted, guidance, canvas, state, step)
         latest = latest if kept is None else kept
         if latest is not None and state.latest is not None and len(latest) < len(state.latest):
             latest = latest.expand_as(state.latest)  # guidance was off
@@ -258,7 +257,11 @@ def set_timesteps(
 
 
 class _LinearUpdate:
-    """Merging, guidance and the scheduler's step in one pass, with coefficients that lie on the device."""
+    """Merging, guidance and the scheduler's step in one pass, with coefficients that lie on the device.
+
+    scale: (canvas, by what it is to be multiplied for the network, or None for nothing). step: (the next canvas, its
+    history, the latest predictions), from the canvas that `scale` gave.
+    """
 
     denoised = None
 
@@ -271,8 +274,8 @@ class _LinearUpdate:
     def scale(self, canvas, step):
         return canvas, step.scale if self.scaled else None
 
-    def step(self, predicted, guidance, state, step):
-        return predicted.step(state.canvas, step.coefficients, guidance, step.keep, state.history)
+    def step(self, predicted, guidance, canvas, state, step):
+        return predicted.step(canvas, step.coefficients, guidance, step.keep, state.history)
 
 
 class _SchedulerUpdate:
@@ -289,10 +292,9 @@ class _SchedulerUpdate:
         scale = getattr(self.scheduler, "scale_model_input", None)
         return canvas if scale is None else scale(canvas, step.context.timestep).to(canvas.dtype), None
 
-    def step(self, predicted, guidance, state, step):
-        canvas = state.canvas
-        merged, latest = predicted.merged(self.scale(canvas, step)[0], guidance)
-        stepped = self.scheduler.step(merged, step.context.timestep, canvas, return_dict=False, **self.keywords)
+    def step(self, predicted, guidance, canvas, state, step):
+        merged, latest = predicted.merged(canvas, guidance)
+        stepped = self.scheduler.step(merged, step.context.timestep, state.canvas, return_dict=False, **self.keywords)
         self.denoised = stepped[1] if len(stepped) > 1 else None
         return stepped[0].to(canvas.dtype), None, latest
 

@@ -176,9 +176,9 @@ REFUSED = {
     "coefficients: expected a vector": lambda: take_step(coefficients=torch.ones(2, 2)),
     "coefficients: expected a constant": lambda: take_step(coefficients=torch.ones(2, requires_grad=True)),
     "keep: expected 2 numbers": lambda: take_step(keep=(1, 2, 3)),
-    "carry: expected 2 numbers (p, q), got 3": lambda: take_step(latest=CANVAS[None], carry=(1, 2, 3)),
+    "carry: expected 2 numbers (p, q), got 3": lambda: take_step(uncond=None, latest=CANVAS[None], carry=(1, 2, 3)),
     "latest: expected (branches, B, C, height, width) = (1, 1, 2, 5, 7), got (2, 1, 2, 5, 7)": lambda: take_step(
-        latest=torch.stack([CANVAS, CANVAS])
+        uncond=None, latest=torch.stack([CANVAS, CANVAS])
     ),
     "plan: expected one that covers every cell": lambda: ops.scatter_windows(WINDOWS[:, :1], PLAN.subset([0])),
     "plan: expected one that covers every cell (only guided_step": lambda: ops.guided_step(
