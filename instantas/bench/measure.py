@@ -134,7 +134,7 @@ def compare(
         absent: name -> reason, of contenders that cannot run here; kept for the report.
         seconds: for the laps; at least laps[0] and at most laps[1] of them are run.
         progress: called with the share of the laps that is done.
-        running: called with the name of a contender before it is checked, and before it warms up.
+        running: called with the name of a contender before it is checked and before it warms up, with "" after it.
         failed: called with a contender that raises or disagrees, and the error, in place of raising it: the contender
             gets no speed, `absent` says why, and the others go on.
 
@@ -155,6 +155,7 @@ def compare(
             failed(name, error)
             absent[name] = reason(error)
             del runners[name]
+        running("")
 
     generator = torch.Generator().manual_seed(0)
     first = inputs(generator)

@@ -88,7 +88,7 @@ def test_a_contender_that_fails_in_any_way_is_left_out_where_that_is_asked_for(s
     assert failed == [("broken", CompilationError), ("wrong", DisagreementError), ("tired", MemoryError)]
     assert result.absent["broken"] == "CompilationError: out of registers"
     assert result.absent["tired"] == "MemoryError: at the second call" and result.absent["wrong"].startswith("Disagree")
-    assert running == ["broken", "wrong", "tired", "right", "tired", "right"]
+    assert running[::2] == ["broken", "wrong", "tired", "right", "tired", "right"] and set(running[1::2]) == {""}
     with pytest.raises(CompilationError):
         square(contenders)
     with pytest.raises(DisagreementError, match="broken: CompilationError: out of registers; wrong: "):
