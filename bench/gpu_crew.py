@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[1]
 START = 120  # seconds until a worker has imported what it needs and found its items
 LOGGED = {"sanitizer"}  # stages whose output is kept whatever comes of them
 FORGIVEN = {"speeds", "sanitizer"}  # stages in which an item that hangs has shown no wrong result: it is absent
-LOSSES = 2  # workers that a group may lose and still be given another
+LOSSES = 3  # workers that a group may lose and still be given another
 
 
 class Crew:
@@ -112,7 +112,7 @@ class Crew:
                     if "end" in news and self.over:
                         return
                 if not self.stopped:
-                    course.lose(_cause(worker))
+                    course.lose(_cause(worker, hung=time.monotonic() >= course.deadline))
             finally:
                 _end(worker)
                 with self._lock:
@@ -127,7 +127,7 @@ class _Course:
         self.items: list[str] | None = None  # until a worker has told
         self.done: set[str] = set()
         self.lost: dict[str, str] = {}  # contenders
-        self.losses, self.deadline = 0, 0.0
+        self.losses, self.deadline, self.seconds = 0, 0.0, 0.0
         self.current: str | None = None
         self.running: tuple[str, bool] | None = None  # a contender, and whether it is ours
         self.failure = ""
@@ -147,10 +147,11 @@ class _Course:
             case {"items": items}:
                 self.items = items
             case {"begin": item, "seconds": seconds}:
-                self.current, self.running, self.failure = item, None, ""
+                self.current, self.running, self.failure, self.seconds = item, None, "", seconds
                 self.deadline = time.monotonic() + seconds
             case {"running": name, "ours": ours}:
                 self.running = (name, ours) if name else None
+                self.deadline = time.monotonic() + self.seconds
             case {"failed": name, "ours": ours, "why": why, "disagrees": disagrees}:
                 self.failure = why
                 if ours and disagrees:
@@ -206,10 +207,10 @@ def _lines(source: int, deadline: Callable[[], float]) -> Iterator[dict]:
         yield from map(json.loads, lines)
 
 
-def _cause(worker):
+def _cause(worker, hung):
     """How a worker that tells nothing any more came to its end."""
     try:
-        status = worker.wait(1)
+        status = worker.wait(0 if hung else 30)
     except subprocess.TimeoutExpired:
         return "not finished in time: killed"
     return f"died of {signal.Signals(-status).name}" if status < 0 else f"ended with exit status {status}"
@@ -217,6 +218,8 @@ def _cause(worker):
 
 def _end(worker):
     """Kill a worker and all that it started, in whatever process groups; one that cannot be killed is left behind."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(worker.pid, signal.SIGKILL)
     for _ in range(50):
         alive = [pid for pid, state, session in _processes() if session == worker.pid and state != "Z"]
         for pid in alive:

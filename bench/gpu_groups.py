@@ -12,7 +12,7 @@ import torch
 from bench import gpu_checks, gpu_speeds
 from instantas.testing import examples
 
-CHECK, SPEED, SANITIZER = 30, 60, 90  # seconds that one item may take, compilation included
+CHECK, SPEED, SANITIZER = 30, 60, 90  # seconds that a check, each contender, a tool may take, compilation included
 TOGETHER = {"smoke", "runs", "grid", "examples"}  # stages whose groups may run at the same time: none measures
 PARTS = {"guided step": 2, "attention": 8}  # processes that share the grid's cases: Triton compiles on one core
 
@@ -27,7 +27,10 @@ class Setting(NamedTuple):
 
 
 class Item(NamedTuple):
-    """A check, which raises where something is wrong; or a comparison, which gives what the report keeps of it."""
+    """A check, which raises where something is wrong; or a comparison, which gives what the report keeps of it.
+
+    seconds: after which it counts as hung; of a comparison, each of its contenders.
+    """
 
     name: str
     run: Callable[[], object]

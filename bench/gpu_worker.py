@@ -51,11 +51,12 @@ def main(job: dict) -> None:
     setting = Setting(**job["setting"])
     device = torch.device(setting.device)
     if device.type == "cuda":
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(device.index or 0)  # a device without a number is refused
     interpreted.prepare()
     field = Field(job["lost"], lambda name, ours: tell(running=name, ours=ours), failed)
     groups = importlib.import_module(job["groups"]).groups(setting, field)
     items = list(next(group for group in groups if group.name == job["group"]).items())
+    leave_if_dead()  # which readies the device, too
     tell(items=[item.name for item in items])
     for item in items:
         if item.name not in job["done"]:

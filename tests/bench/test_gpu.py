@@ -256,7 +256,9 @@ def test_a_worker_that_does_not_start_is_not_tried_again(course):
 def test_a_rival_that_kills_the_worker_is_absent_and_the_comparison_is_made_without_it(course):
     course.hear({"items": ["gather bfloat16"]})
     course.hear({"begin": "gather bfloat16", "seconds": 9})
+    course.deadline = 0.0
     course.hear({"running": "fold", "ours": False})
+    assert course.deadline > time.monotonic()  # each contender has the seconds of an item
     course.hear({"failed": "fold", "ours": False, "why": "RuntimeError: illegal", "disagrees": False})
     course.lose("ended with exit status 3")
     assert course.lost == {"fold": "RuntimeError: illegal; ended with exit status 3"} and not course.finished
