@@ -28,7 +28,7 @@ from pathlib import Path
 
 import torch
 
-from bench.gpu_crew import ROOT, Crew
+from bench.gpu_crew import ROOT, Crew, end
 from bench.gpu_groups import Group, Setting
 from bench.gpu_report import Report
 from instantas import ops
@@ -90,11 +90,14 @@ def build() -> str | None:
         return None
     print("bench.gpu: building the CUDA library", flush=True)
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
-    try:
-        done = subprocess.run(command, cwd=ROOT, stdout=sys.stderr, timeout=BUILD)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return str(error)
-    return f"setup.py ended with exit status {done.returncode}" if done.returncode else None
+    with subprocess.Popen(command, cwd=ROOT, stdout=sys.stderr, start_new_session=True) as setup:
+        try:
+            status = setup.wait(BUILD)
+        except subprocess.TimeoutExpired:
+            return f"setup.py took more than {BUILD} s"
+        finally:
+            end(setup)  # and its compilers
+    return f"setup.py ended with exit status {status}" if status else None
 
 
 def backends(device: torch.device) -> dict[str, str]:

@@ -66,7 +66,7 @@ class Crew:
         with self._lock:
             self.stopped = True
             for worker in self._workers:
-                _end(worker)
+                end(worker)
 
     @property
     def over(self) -> str | None:
@@ -114,7 +114,7 @@ class Crew:
                 if not self.stopped:
                     course.lose(_cause(worker, hung=time.monotonic() >= course.deadline))
             finally:
-                _end(worker)
+                end(worker)
                 with self._lock:
                     self._workers.discard(worker)
 
@@ -216,8 +216,8 @@ def _cause(worker, hung):
     return f"died of {signal.Signals(-status).name}" if status < 0 else f"ended with exit status {status}"
 
 
-def _end(worker):
-    """Kill a worker and all that it started, in whatever process groups; one that cannot be killed is left behind."""
+def end(worker: subprocess.Popen) -> None:
+    """Kill the leader of a session and all that is in it; what cannot be killed is left behind."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(worker.pid, signal.SIGKILL)
     for _ in range(50):
