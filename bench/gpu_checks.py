@@ -88,10 +88,16 @@ def _windowed():
             given = dict(weight=weight, history=history, keep=(0.7, 0.2))
             return ops.guided_step(cond, uncond, sample, plan, [0.9, -0.4, 0.3, -0.2], guidance, **given)
 
+        some = plan.subset([i % 2 == 0 for i in range(plan.count)])
+
+        def partial_step(cond, uncond, sample, latest, plan=some):
+            return ops.guided_step(cond, uncond, sample, plan, [0.9, -0.4], 7.5, latest=latest, carry=(0.6, 0.8))
+
         yield f"gather, {name}", lambda x, p=plan: ops.gather_windows(x, p), [normal(*shape)], 1
         yield f"scatter, {name}", lambda x, w, p=plan: ops.scatter_windows(x, p, w), [cond, weight], 1
-        history = normal(2, *shape, seed=3)
-        yield f"guided step, {name}", step, [cond, uncond, normal(*shape), history, guidance, weight], 0
+        sample, kept = normal(*shape), normal(2, *shape, seed=3)
+        yield f"guided step, {name}", step, [cond, uncond, sample, kept, guidance, weight], 0
+        yield f"guided step, some of {name}", partial_step, [cond[:, ::2], uncond[:, ::2], sample, kept], 0
 
 
 def _attention():
