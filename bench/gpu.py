@@ -137,8 +137,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(str(error))
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: sys.exit("bench.gpu: stopped by a signal"))
-    budget = (options.budget or (SMOKE if options.smoke else BUDGET)) - (time.monotonic() - begun)
-    report = run(setting, groups, options.folder or RESULTS, budget=budget, backends=states)
+    budget = options.budget if options.budget is not None else SMOKE if options.smoke else BUDGET
+    left = budget - (time.monotonic() - begun)
+    report = run(setting, groups, options.folder or RESULTS, budget=left, backends=states)
     print(*(f"wrong: {name}: {why}" for name, why in report.wrong_items.items()), sep="\n")
     print(f"{report.paths[1]}: {report.document['state']}, {len(report.wrong_items)} wrong")
     sys.exit(1 if report.wrong_items else 0)

@@ -43,7 +43,7 @@ class Crew:
 
     def __init__(self, setting: Setting, report: Report, module: str, budget: float, cores: int):
         self.setting, self.report, self.module, self.cores = setting, report, module, cores
-        self.end, self.stopped, self.interpreted = time.monotonic() + budget, False, setting.device == "cpu"
+        self.end, self.stopped = time.monotonic() + budget, False
         self._workers: set[subprocess.Popen] = set()
         self._lock = threading.Lock()
 
@@ -95,7 +95,9 @@ class Crew:
         """One worker, until the group is done, the worker lost, or the budget spent."""
         job = dict(groups=self.module, group=course.group.name, setting=self.setting._asdict())
         job |= dict(done=sorted(course.done), lost=course.lost)
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "TRITON_INTERPRET": str(int(self.interpreted))}
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "TRITON_INTERPRET": "0"}
+        if self.setting.device == "cpu":
+            environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
         command = [sys.executable, "-m", "bench.gpu_worker", json.dumps(job)]
         with self._lock:
             if self.stopped:
