@@ -1,26 +1,25 @@
 """Whether the kernels are right on a device: every operation, backend, dtype and shape against float64.
 
-The shapes and the judge are those of the tests (tests/oracle.py, tests/examples.py), which need only torch.
+The shapes and the judge are those of the tests (`instantas.testing`), which need only torch.
+
+    python -m bench.gpu_checks triton cuda      # every kernel of these backends once: what compute-sanitizer watches
 """
 
 from __future__ import annotations
 
-import itertools
-import math
-import multiprocessing
+import functools
 import os
 import random
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from types import SimpleNamespace
 
 import torch
 
 from instantas import ops
+from instantas.bench.measure import reason
 from instantas.sampling.bridging import BRIDGES
 from instantas.sampling.sampler import sample
 from instantas.testing import examples, oracle
@@ -37,20 +36,49 @@ from instantas.testing.oracle import (
 from instantas.windows import WindowPlan
 
 SANITIZERS = ("memcheck", "racecheck", "initcheck")
+FOUND = 9  # compute-sanitizer's exit status where it found something
+OPERATIONS = ("gather", "scatter", "guided step", "attention")
+ONCE = ("ragged", "(1, 70, 1, 40, 2, 77, 2)")  # the cases of the grid that run every kernel
 Check = tuple[str, Callable[[], object]]
 
 
-def grid(backends: Sequence[str], dtypes: Sequence[torch.dtype] = DTYPES) -> Iterator[Check]:
+class AbsentError(Exception):
+    """What a check needs is not there: nothing was found out."""
+
+
+def alive(device: torch.device) -> bool:
+    """Waits for the device; False once a kernel has gone wrong so that the process cannot use it any more."""
+    try:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    except Exception:
+        return False
+    return True
+
+
+def grid(backends: Sequence[str], dtypes: Sequence[torch.dtype] = DTYPES, contains: str = "") -> Iterator[Check]:
     """(name, check): every operation in every shape of the tests' grid, forward and backward."""
     for backend in backends:
         for dtype in dtypes:
             for case, call, arguments, gradients in _cases():
-                name = f"{backend}, {str(dtype)[6:]}, {case}"
-                yield name, lambda a=(backend, call, arguments, dtype, gradients, "attention" in case): oracle.judge(*a)
+                arguments = backend, call, arguments, dtype, gradients, "attention" in case
+                if contains in case:
+                    yield f"{backend}, {str(dtype)[6:]}, {case}", lambda a=arguments: oracle.judge(*a)
 
 
+def smoke(backends: Sequence[str]) -> Iterator[Check]:
+    """Every kernel once or twice, on small tensors."""
+    for case in ONCE:
+        yield from grid(backends, contains=case)
+
+
+@functools.cache
 def _cases():
-    """(name, call, arguments, how many of them are differentiated)."""
+    """(name, call, arguments, how many of them are differentiated) of each."""
+    return [*_windowed(), *_attention()]
+
+
+def _windowed():
     for name, plan in PLANS.items():
         shape, weight = (2, 3, plan.height, plan.width), positive(*plan.window)
         cond, uncond = (normal(2, plan.count, 3, *plan.window, seed=seed) for seed in (1, 2))
@@ -60,28 +88,29 @@ def _cases():
             given = dict(weight=weight, history=history, keep=(0.7, 0.2))
             return ops.guided_step(cond, uncond, sample, plan, [0.9, -0.4, 0.3, -0.2], guidance, **given)
 
+        some = plan.subset([i % 2 == 0 for i in range(plan.count)])
+
+        def partial_step(cond, uncond, sample, latest, plan=some):
+            return ops.guided_step(cond, uncond, sample, plan, [0.9, -0.4], 7.5, latest=latest, carry=(0.6, 0.8))
+
         yield f"gather, {name}", lambda x, p=plan: ops.gather_windows(x, p), [normal(*shape)], 1
         yield f"scatter, {name}", lambda x, w, p=plan: ops.scatter_windows(x, p, w), [cond, weight], 1
-        history = normal(2, *shape, seed=3)
-        yield f"guided step, {name}", step, [cond, uncond, normal(*shape), history, guidance, weight], 0
+        sample, kept = normal(*shape), normal(2, *shape, seed=3)
+        yield f"guided step, {name}", step, [cond, uncond, sample, kept, guidance, weight], 0
+        yield f"guided step, some of {name}", partial_step, [cond[:, ::2], uncond[:, ::2], sample, kept], 0
+
+
+def _attention():
     for mode in ("blend", "joint"):
         for shape in ATTENTION:
             for call, arguments in attention_examples(shape, mode, [0]):
                 yield f"attention, {shape}, {mode}", call, arguments, 3
 
 
-def random_examples(backends: Sequence[str], count: int) -> Iterator[Check]:
-    """`count` random plans, shapes, weights, dtypes and modes of each operation, each on all of the backends."""
-    for operation in examples.OPERATIONS:
-        for i in range(count):
-            draw = lambda i=i, operation=operation: examples.judge(backends, operation, random.Random(i))  # noqa: E731
-            yield f"example {i} of {operation.__name__}", draw
-
-
-def operations(backends: Sequence[str], count: int) -> Iterator[Check]:
-    """The grid, then `count` random examples of each operation."""
-    yield from grid(backends)
-    yield from random_examples(backends, count)
+def random_examples(backends: Sequence[str], operation: Callable, count: int) -> Iterator[Check]:
+    """`count` random plans, shapes, weights, dtypes and modes of an operation of `examples`, each on all backends."""
+    for i in range(count):
+        yield f"example {i} of {operation.__name__}", lambda i=i: examples.judge(backends, operation, random.Random(i))
 
 
 def graphs(backends: Sequence[str], device: torch.device) -> Iterator[Check]:
@@ -183,71 +212,50 @@ def large(backends: Sequence[str], device: torch.device, side: int = 16384, chan
         yield f"{backend}, {channels * side * side} elements", lambda b=backend: check(b)
 
 
-def failures(checks: Iterable[Check], deadline: float = math.inf) -> tuple[int, dict[str, str]]:
-    """Runs the checks until `time.time()` says stop: how many were run, and name -> what is wrong with one."""
+def failures(checks: Iterable[Check]) -> tuple[int, dict[str, str]]:
+    """Runs the checks: how many there were, and name -> what is wrong with one."""
     count, wrong = 0, {}
     for name, check in checks:
-        if time.time() > deadline:
-            break
         count += 1
         try:
             check()
         except Exception as error:  # a kernel may fail in any way, and the others are to be seen all the same
-            wrong[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+            wrong[name] = reason(error)
     return count, wrong
 
 
-def operation_failures(
-    backends: Sequence[str], count: int, deadline: float, processes: int
-) -> tuple[int, int, dict[str, str]]:
-    """`failures` of `operations` after their number; shared among processes, since Triton compiles on one core."""
-    shares = [(backends, count, deadline, i, processes) for i in range(processes)]
-    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-        results = list(pool.map(_share, *zip(*shares)))
-    wrong = {name: what for _, failed in results for name, what in failed.items()}
-    return sum(1 for _ in operations(backends, count)), sum(run for run, _ in results), wrong
+def sanitize(tool: str, backends: Sequence[str]) -> None:
+    """compute-sanitizer's verdict on every kernel; what it says goes to stderr.
 
-
-def _share(backends, count, deadline, index, processes):
-    return failures(itertools.islice(operations(backends, count), index, None, processes), deadline)
-
-
-def sanitize(seconds: float) -> dict[str, str]:
-    """compute-sanitizer's verdict on every kernel, or why there is none. `seconds`: for each of its tools."""
+    Raises:
+        AbsentError: where it is not installed, or does not work.
+        AssertionError: for what it found.
+    """
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
     program = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=f"{home}/bin")
     if program is None:
-        return dict.fromkeys(SANITIZERS, "not run: compute-sanitizer is not installed")
-    verdicts = {}
-    for tool in SANITIZERS:
-        # without the caching allocator, in whose blocks an access past the end of a tensor goes unnoticed
-        environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        command = [program, "--tool", tool, "--error-exitcode", "9", sys.executable, "-m", "bench.gpu", "--smoke"]
-        try:
-            done = subprocess.run(
-                command, cwd=oracle.ROOT, env=environment, capture_output=True, text=True, timeout=seconds
-            )
-        except subprocess.TimeoutExpired:
-            verdicts[tool] = f"not finished within {seconds:.0f} s"
-            continue
-        lines = [line for line in done.stdout.splitlines() if "ERROR SUMMARY" in line or "RACECHECK SUMMARY" in line]
-        verdicts[tool] = "clean" if done.returncode == 0 else " ".join(lines) or (done.stderr or done.stdout)[-300:]
-    return verdicts
+        raise AbsentError("compute-sanitizer is not installed")
+    # without the caching allocator, in whose blocks an access past the end of a tensor goes unnoticed
+    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    command = [program, "--tool", tool, "--error-exitcode", str(FOUND)]
+    command += [sys.executable, "-m", "bench.gpu_checks", *backends]
+    said = []
+    with subprocess.Popen(
+        command, cwd=oracle.ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as run:
+        for line in run.stdout:
+            sys.stderr.write(line)
+            said.append(line.strip("= \n"))
+    found = " ".join(line for line in said if "SUMMARY" in line)
+    assert run.returncode != FOUND, found or "it found something"
+    if run.returncode:
+        raise AbsentError(f"it ended with exit status {run.returncode}: {' '.join(said[-1:])}")
 
 
-def smoke(backends: Sequence[str], device: torch.device) -> None:
-    """Every kernel once, small: what compute-sanitizer watches, which takes minutes for more."""
-    plan = PLANS["ragged"]
-    for backend in backends:
-        for dtype in (torch.float32, torch.float16):
-            windows, canvas = normal(1, plan.count, 3, *plan.window), normal(1, 3, plan.height, plan.width)
-            windows, canvas = windows.to(device, dtype), canvas.to(device, dtype)
-            bank = [t.to(device) for t in attention_inputs(1, 70, 1, 40, 2, 77, 2)]
-            bank[:3] = [t.to(dtype).requires_grad_() for t in bank[:3]]
-            with oracle.use_backend(backend):
-                ops.gather_windows(canvas, plan)
-                ops.scatter_windows(windows, plan)
-                ops.guided_step(windows, windows, canvas, plan, [0.9, -0.4, 0.3], 7.5, history=canvas[None])
-                for mode in ("blend", "joint"):
-                    weights = region_weights(1, 2, 70).to(device)
-                    ops.regional_attention(*bank, weights, mode=mode).sum().backward()
+def main(backends: Sequence[str]) -> str | None:
+    _, wrong = failures(smoke(backends))
+    return "\n".join(f"{name}: {what}" for name, what in wrong.items()) or None
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

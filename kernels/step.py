@@ -87,7 +87,7 @@ def _step_kernel(
         window, y0, x0 = load_window(cover_index, origins, covering)
         i = place_in_window(y, y0, height)
         source = (((image * n + window) * channels + c) * h + i) * w
-        weights = weight_row(weight, window, weight_stride, i, w)
+        weights = None if weight is None else weight_row(weight, window, weight_stride, i, w)
         inside_c, inside_y = c < channels, i < h  # here and not in the branches, where bfloat16 would spill
         if x0 % ALIGN == 0:
             x0 = as_multiple(x0, ALIGN)

@@ -44,10 +44,8 @@ def place_in_window(position, origin, length):
 
 @triton.jit
 def weight_row(weight, window, weight_stride, i, w):
-    """The window's rows i of the overlap weight; None stays None."""
-    if weight is not None:
-        weight += window * weight_stride + i.to(tl.int64) * w
-    return weight
+    """The window's rows i of the overlap weight. (Triton 3.6 has no functions that give None.)"""
+    return weight + window * weight_stride + i.to(tl.int64) * w
 
 
 @triton.jit

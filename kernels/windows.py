@@ -115,7 +115,7 @@ def _scatter_kernel(
         window, y0, x0 = load_window(cover_index, origins, covering)
         i = place_in_window(y, y0, height)
         source = windows + (((image * n + window) * channels + c) * h + i) * w
-        weights = weight_row(weight, window, weight_stride, i, w)
+        weights = None if weight is None else weight_row(weight, window, weight_stride, i, w)
         if x0 % ALIGN == 0:
             x0 = as_multiple(x0, ALIGN)
             total, norm = _add(total, norm, source, weights, x0, x, width, w, c < channels, i < h)

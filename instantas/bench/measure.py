@@ -117,6 +117,8 @@ def compare(
     seconds: float = 2.0,
     laps: tuple[int, int] = (5, 100),
     progress: Callable[[float], object] = lambda share: None,
+    running: Callable[[str], object] = lambda name: None,
+    failed: Callable[[str, Exception], object] | None = None,
 ) -> Comparison:
     """Check the results of every contender, then time them in turn.
 
@@ -132,16 +134,33 @@ def compare(
         absent: name -> reason, of contenders that cannot run here; kept for the report.
         seconds: for the laps; at least laps[0] and at most laps[1] of them are run.
         progress: called with the share of the laps that is done.
+        running: called with the name of a contender before it is checked and before it warms up, with "" after it.
+        failed: called with a contender that raises or disagrees, and the error, in place of raising it: the contender
+            gets no speed, `absent` says why, and the others go on.
 
     Raises:
-        DisagreementError: naming the contender. No speed is given.
+        DisagreementError: naming the contender, or where none is left. No speed is given.
     """
-    rivals = dict(rivals or {})
+    rivals, absent = dict(rivals or {}), dict(absent or {})
     runners = {**contenders, **rivals}
+
+    @contextlib.contextmanager
+    def attempt(name):
+        running(name)
+        try:
+            yield
+        except Exception as error:  # of any kind: compilers and kernels have errors of their own
+            if failed is None:
+                raise
+            failed(name, error)
+            absent[name] = reason(error)
+            del runners[name]
+        running("")
+
     generator = torch.Generator().manual_seed(0)
     first = inputs(generator)
     sample = next(a for a in first if isinstance(a, torch.Tensor))
-    errors = _check(runners, rivals, exact, first, sample.dtype)
+    errors = _check(runners, rivals, exact, first, sample.dtype, attempt)
     sets = [first]
     size = sum(a.nbytes for a in first if isinstance(a, torch.Tensor))
     wanted = max(1, min(64, -(-2 * cache_bytes(sample.device) // max(1, size)) + 1))
@@ -149,7 +168,9 @@ def compare(
     yardsticks = {"copy": _copy(sample.device)}
     if flops:
         yardsticks["matmul"] = _matmul(sample.device, sample.dtype)
-    times = _laps(yardsticks, runners, sets, _clock(sample.device), seconds, laps, progress)
+    times = _laps(yardsticks, runners, sets, _clock(sample.device), seconds, laps, progress, attempt)
+    if not runners:
+        raise DisagreementError("; ".join(f"{name}: {why}" for name, why in absent.items()))
     base = times[next(iter(runners))]
     timings = []
     for name in runners:
@@ -166,8 +187,13 @@ def compare(
         rates["copy"],
         rates.get("matmul"),
         tuple(timings),
-        dict(absent or {}),
+        absent,
     )
+
+
+def reason(error: Exception) -> str:
+    """An error in a line."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def machine(device: torch.device | str = "cpu") -> dict[str, str | int]:
@@ -234,30 +260,32 @@ def keep(path: str | os.PathLike, results: Mapping[str, Mapping[str, Any]], devi
 # Checking
 
 
-def _check(runners, rivals, exact, arguments, dtype):
+def _check(runners, rivals, exact, arguments, dtype, attempt):
     """name -> (error, allowed), of every contender; the definition is evaluated once for all that share it."""
     judged, found = {}, {}
-    for name, run in runners.items():
+    for name, run in list(runners.items()):
         truth = exact if callable(exact) else exact[name]
         if truth not in judged:
             precise = _results(truth, [_widened(a, dtype) for a in arguments])
             judged[truth] = precise, [_deviation(*pair) for pair in zip(_results(truth, arguments), precise)]
-        precise, usual = judged[truth]
-        results = _results(run, arguments)
-        if [r.shape for r in results] != [p.shape for p in precise]:
-            raise DisagreementError(f"{name}: expected {[*map(_shape, precise)]}, got {[*map(_shape, results)]}")
-        worst = 0.0, 0.0
-        for result, right, error in zip(results, precise, usual):
-            unit = torch.finfo(dtype).eps * right.abs().max().item() if right.numel() else 0.0
-            allowed = max(2 * error or 2 * unit, RIVAL_ROUNDINGS * unit if name in rivals else 0.0)
-            error = _deviation(result, right)
-            if not error <= allowed:
-                raise DisagreementError(
-                    f"{name}: off by {error:.3g} from float64, allowed {allowed:.3g}: no speed given"
-                )
-            worst = max(worst, (error, allowed))
-        found[name] = worst
+        with attempt(name):
+            found[name] = _agreement(name, _results(run, arguments), *judged[truth], dtype, name in rivals)
     return found
+
+
+def _agreement(name, results, precise, usual, dtype, rival):
+    """(error, allowed) of the result with the largest error."""
+    if [r.shape for r in results] != [p.shape for p in precise]:
+        raise DisagreementError(f"{name}: expected {[*map(_shape, precise)]}, got {[*map(_shape, results)]}")
+    worst = 0.0, 0.0
+    for result, right, error in zip(results, precise, usual):
+        unit = torch.finfo(dtype).eps * right.abs().max().item() if right.numel() else 0.0
+        allowed = max(2 * error or 2 * unit, RIVAL_ROUNDINGS * unit if rival else 0.0)
+        error = _deviation(result, right)
+        if not error <= allowed:
+            raise DisagreementError(f"{name}: off by {error:.3g} from float64, allowed {allowed:.3g}: no speed given")
+        worst = max(worst, (error, allowed))
+    return worst
 
 
 def _results(run, arguments):
@@ -299,26 +327,31 @@ def _matmul(device, dtype):
     return _Yardstick(lambda: a @ b, 2 * n**3)
 
 
-def _laps(yardsticks, runners, sets, clock, seconds, laps, progress):
+def _laps(yardsticks, runners, sets, clock, seconds, laps, progress, attempt):
     """name -> seconds, one for each lap."""
-    times = {name: [] for name in (*yardsticks, *runners)}
+    turn, collecting, flush = 0, gc.isenabled(), yardsticks["copy"].run
+
+    def timed(name, run, fixed):
+        nonlocal turn
+        arguments = () if fixed else sets[turn % len(sets)]
+        turn += not fixed
+        flush()  # results land where earlier ones lay, which a cache may still hold
+        return clock(name, run, arguments)
+
     calls = [(name, run, False) for name, run in runners.items()]
     calls += [(name, stick.run, True) for name, stick in yardsticks.items()]
-    turn, collecting, flush = 0, gc.isenabled(), yardsticks["copy"].run
     gc.disable()
     try:
         with torch.no_grad():
-            start, lap = time.perf_counter(), -1  # the lap before the first warms up
+            for call in calls:  # warms up
+                with contextlib.nullcontext() if call[0] in yardsticks else attempt(call[0]):
+                    timed(*call)
+            calls = [call for call in calls if call[0] in yardsticks or call[0] in runners]
+            times = {call[0]: [] for call in calls}
+            start, lap = time.perf_counter(), 0
             while lap < laps[0] or (lap < laps[1] and time.perf_counter() - start < seconds):
-                if lap == 0:
-                    start = time.perf_counter()
-                for name, run, fixed in calls if lap % 2 else reversed(calls):
-                    arguments = () if fixed else sets[turn % len(sets)]
-                    turn += not fixed
-                    flush()  # results land where earlier ones lay, which a cache may still hold
-                    taken = clock(name, run, arguments)
-                    if lap >= 0:
-                        times[name].append(taken)
+                for call in calls if lap % 2 else reversed(calls):
+                    times[call[0]].append(timed(*call))
                 lap += 1
                 spent = (time.perf_counter() - start) / seconds if seconds else 0.0
                 progress(min(1.0, max(lap / laps[1], spent)))

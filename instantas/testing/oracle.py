@@ -20,7 +20,7 @@ import torch
 
 from instantas import ops
 from instantas.ops.backend import Backend
-from instantas.testing import bounds, emulated
+from instantas.testing import bounds, emulated, interpreted
 from instantas.windows import WindowPlan
 
 ROOT = Path(__file__).parents[2]
@@ -126,7 +126,7 @@ def run(
     """call(*arguments) on a backend, as a list of CPU tensors: the results, then the gradients of the first inputs."""
     arguments = [place(value, dtype, device(backend)) for value in arguments]
     sources = [a.requires_grad_() for a in arguments[:gradients] if isinstance(a, torch.Tensor)]
-    with use_backend(backend):
+    with use_backend(backend), interpreted.multiplying(dtype if backend == "triton" else torch.float32):
         results = call(*arguments)
         results = [r for r in (results if isinstance(results, tuple) else (results,)) if r is not None]
         assert all(r.is_contiguous() for r in results)

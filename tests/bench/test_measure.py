@@ -67,6 +67,34 @@ def test_a_contender_that_disagrees_gets_no_speed_and_is_never_timed(broken, sma
         square({"the right one": right}, rivals={"the broken one": wrong})
 
 
+class CompilationError(Exception):
+    """As compilers of kernels have them: no RuntimeError."""
+
+
+def test_a_contender_that_fails_in_any_way_is_left_out_where_that_is_asked_for(small_cache):
+    def broken(x):
+        raise CompilationError("out of registers\nand more lines")
+
+    def tired(x):
+        tired.calls += 1
+        if tired.calls > 1:
+            raise MemoryError("at the second call")
+        return x * x
+
+    tired.calls, failed, running = 0, [], []
+    contenders = {"broken": broken, "wrong": torch.cos, "tired": tired, "right": torch.square}
+    result = square(contenders, failed=lambda name, error: failed.append((name, type(error))), running=running.append)
+    assert [t.name for t in result.timings] == ["right"] and result.timings[0].ratio == 1
+    assert failed == [("broken", CompilationError), ("wrong", DisagreementError), ("tired", MemoryError)]
+    assert result.absent["broken"] == "CompilationError: out of registers"
+    assert result.absent["tired"] == "MemoryError: at the second call" and result.absent["wrong"].startswith("Disagree")
+    assert running[::2] == ["broken", "wrong", "tired", "right", "tired", "right"] and set(running[1::2]) == {""}
+    with pytest.raises(CompilationError):
+        square(contenders)
+    with pytest.raises(DisagreementError, match="broken: CompilationError: out of registers; wrong: "):
+        square({"broken": broken, "wrong": torch.cos}, failed=lambda name, error: None)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rivals_may_round_on_the_way_and_contenders_may_not(dtype, small_cache):
     def rounds(x):  # four units in the last place of the largest result

@@ -1,11 +1,12 @@
 """The error budget of attention: its bounds, that it holds over many seeds, and that it refuses every planted fault."""
 
+import numpy as np
 import pytest
 import torch
 
 from bench import budget
 from instantas.ops import reference
-from instantas.testing import bounds, faults, oracle
+from instantas.testing import bounds, faults, interpreted, oracle
 
 FEW = (1, 2, 1, 256, 1, 20, 1)  # two queries: their error beside the reference's is luck
 IDS, WEIGHTS = torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, 1, 1)
@@ -90,3 +91,15 @@ def test_a_planted_fault_is_refused_wherever_it_shows(fault, operation, dtype):
 def test_the_stand_in_without_a_fault_is_right(dtype):
     for _, check in budget.grid(faults.planted(None), dtype, seeds=1):
         check()
+
+
+@pytest.mark.skipif("triton" not in oracle.BACKENDS or oracle.GPU, reason="the interpreter is not what runs")
+@pytest.mark.parametrize("dtype, product", [(torch.bfloat16, 1.0), (torch.float32, 1 + 2**-9)], ids=str)
+def test_the_interpreter_multiplies_what_a_gpu_would(dtype, product):
+    from triton import language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    a, one, zero = (TensorHandle(np.array([[x]], np.float32), tl.float32) for x in (1 + 2**-9, 1, 0))
+    with interpreted.multiplying(dtype):
+        result = InterpreterBuilder().create_dot(a, one, zero, None, 0)
+    assert result.data.item() == product and a.data.item() == 1 + 2**-9
