@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from instantas.checks import integer, real
-from instantas.regions.masks import average, box_mask, cut, feather, fit_mask, read_mask
-from instantas.windows import WindowPlan
+from instantas.regions.masks import average, box_mask, feather, fit_mask, read_mask
+from instantas.windows import WindowPlan, cut
 
 MAX_PROMPTS = 64  # for one picture: the base prompt and 63 regions
 _NOTHING = 1e-6  # what rounding leaves of the base prompt's share where regions cover a cell

@@ -142,20 +142,6 @@ def feather(mask: torch.Tensor, pixels: int, wrap: tuple[bool, bool] = (False, F
     return mask.float()
 
 
-def cut(images: torch.Tensor, pictures: torch.Tensor, origins: torch.Tensor, window: tuple[int, int]) -> torch.Tensor:
-    """(m, C, h, w): windows of images (B, C, H, W), going on round the far edges.
-
-    pictures (m,) and origins (m, 2), the (y, x) of each window, are integers on the images' device.
-    """
-    height, width = images.shape[-2:]
-    y, x = (
-        (origins[:, axis, None].long() + torch.arange(side, device=images.device)) % length
-        for axis, (side, length) in enumerate(zip(window, (height, width)))
-    )
-    rows = images.movedim(1, -1)[pictures[:, None, None], y[:, :, None], x[:, None, :]]
-    return rows.movedim(-1, 1).contiguous()
-
-
 def average(mask: torch.Tensor, side: int) -> torch.Tensor:
     """(..., h, w) -> (..., ceil(h / side), ceil(w / side)): means over squares, of what there is at the far edges."""
     flat = mask.reshape(-1, 1, *mask.shape[-2:])

@@ -48,6 +48,13 @@ class View:
         _, _, rows, columns = self.on(seen.device)
         return seen.index_select(-2, rows).index_select(-1, columns)
 
+    def enlarged(self, times: int) -> View:
+        """The same of a canvas whose every cell is times x times cells."""
+        rows, columns = (
+            (index[:, None] * times + torch.arange(times)).flatten() for index in (self.rows, self.columns)
+        )
+        return View(rows, columns)
+
     def on(self, device: torch.device) -> tuple[torch.Tensor, ...]:
         """rows and columns, and the places in them where each cell is seen first; copied to a device once."""
         if device not in self._placed:

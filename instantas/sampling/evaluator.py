@@ -13,10 +13,67 @@ from instantas.checks import integer
 WINDOW_BATCH_SIZE = 4  # windows in one call when the caller does not say: bounds memory whatever the canvas
 
 
-class Evaluator:
-    """Predictions of any number of windows, through calls of at most `batch` windows.
+class Batches:
+    """Calls on some of a tensor's rows at a time, on fewer once memory has run out.
 
-    A batch for which memory runs out is halved, for the rest of the run; one warning says so.
+    A batch for which memory runs out is halved, for all that follows; one warning says so.
+
+    Args:
+        size: rows in one call, a positive integer, or None: `WINDOW_BATCH_SIZE`.
+    """
+
+    def __init__(self, size: int | None = None):
+        size = WINDOW_BATCH_SIZE if size is None else size
+        self.size = integer("window_batch_size", size, 1, expected="a positive integer or None")
+        self.failed, self.warned = 0, False
+
+    def __call__(self, call: Callable, rows: torch.Tensor, captured: bool = False) -> list[Any]:
+        """What call(some of the rows, which) gives, of all: tensors with a row for each, or None.
+
+        captured: whether a CUDA graph is captured, in which nothing can be done again.
+        """
+        whole: list[Any] = []
+        start = 0
+        while start < len(rows):
+            some = slice(start, start + self.size)
+            given = rows[some]
+            try:
+                results = call(given, some)
+            except RuntimeError as error:
+                if len(given) == 1 or captured or not _out_of_memory(error):
+                    raise
+                results = None
+            if results is None:  # outside of the handler, which keeps what the failed call had allocated
+                self._halve(len(given), rows.device)
+                continue
+            self._warn()
+            if len(given) == len(rows):
+                return list(results)
+            if not whole:  # filled batch by batch, so that no result is held twice
+                whole = [r if r is None else r.new_empty(len(rows), *r.shape[1:]) for r in results]
+            if any((w is None) != (r is None) for w, r in zip(whole, results)):
+                raise ValueError("denoiser: expected uncond for all windows or for none, got it for a part of them")
+            for target, result in zip(whole, results):
+                if result is not None:
+                    target[some] = result
+            start += len(given)
+        return whole
+
+    def _halve(self, size, device):
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.failed = self.failed or size
+        self.size = size // 2
+
+    def _warn(self):
+        """Say once, at the first batch that fits, which one did not."""
+        if self.failed and not self.warned:
+            self.warned = True
+            warnings.warn(f"out of memory with {self.failed} windows at once; going on with {self.size}", stacklevel=7)
+
+
+class Evaluator:
+    """Predictions of any number of windows, through calls of at most `batch` windows: see `Batches`.
 
     Args:
         denoiser: function of (windows (m, C, h, w), timestep, context), as `sampler.sample` takes it.
@@ -29,55 +86,19 @@ class Evaluator:
     def __init__(self, denoiser: Callable, batch: int | None = None):
         if not callable(denoiser):
             raise TypeError(f"denoiser: expected a function, got {type(denoiser).__name__}")
-        batch = WINDOW_BATCH_SIZE if batch is None else batch
-        self.batch = integer("window_batch_size", batch, 1, expected="a positive integer or None")
-        self.denoiser = denoiser
-        self.failed, self.warned = 0, False
+        self.denoiser, self.batches = denoiser, Batches(batch)
 
-    def __call__(self, windows: torch.Tensor, context: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(cond, uncond or None) of windows (m, C, h, w); context: the `sampler.StepContext` with all their rows.
+    def __call__(self, windows: torch.Tensor, context: Any) -> list[Any]:
+        """[cond, uncond or None] of windows (m, C, h, w); context: the `sampler.StepContext` with all their rows.
 
         Raises:
             ValueError: for predictions of another shape, or with uncond for a part of the windows.
         """
-        whole: list[Any] = []  # cond, uncond or None
-        start = 0
-        while start < len(windows):
-            some = slice(start, start + self.batch)
-            given = windows[some]
-            try:
-                predicted = _pair(self.denoiser(given, context.timestep, context.subset(some)), given)
-            except RuntimeError as error:
-                if len(given) == 1 or context.captured or not _out_of_memory(error):
-                    raise
-                predicted = None
-            if predicted is None:  # outside of the handler, which keeps what the failed call had allocated
-                self._halve(len(given), windows.device)
-                continue
-            self._warn()
-            if len(given) == len(windows):
-                return predicted
-            if not whole:  # filled batch by batch, so that no prediction is held twice
-                whole = [p if p is None else torch.empty_like(windows) for p in predicted]
-            if (whole[1] is None) != (predicted[1] is None):
-                raise ValueError("denoiser: expected uncond for all windows or for none, got it for a part of them")
-            for target, p in zip(whole, predicted):
-                if p is not None:
-                    target[some] = p
-            start += len(given)
-        return whole[0], whole[1]
 
-    def _halve(self, size, device):
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-        self.failed = self.failed or size
-        self.batch = size // 2
+        def call(given, some):
+            return _pair(self.denoiser(given, context.timestep, context.subset(some)), given)
 
-    def _warn(self):
-        """Say once, at the first batch that fits, which one did not."""
-        if self.failed and not self.warned:
-            self.warned = True
-            warnings.warn(f"out of memory with {self.failed} windows at once; going on with {self.batch}", stacklevel=6)
+        return self.batches(call, windows, context.captured)
 
 
 def _out_of_memory(error):
