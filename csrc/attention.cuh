@@ -30,20 +30,23 @@ __device__ __forceinline__ unsigned pack_pair(float low, float high) {
   return word;
 }
 
-// Rows of `depth` elements, `stride` apart in memory, into shared memory: zeros past the last element and row.
-template <int ROWS, int DEPTH, class T>
-__device__ __forceinline__ void stage(T* shared, const T* rows, int count, int64_t stride, int depth, bool aligned) {
+// Rows of `depth` elements, the i-th at rows + offset(i), into shared memory: zeros past the last element, and where the
+// offset is negative.
+template <int ROWS, int DEPTH, class T, class Offset>
+__device__ __forceinline__ void stage(T* shared, const T* rows, const Offset& offset, int depth, bool aligned) {
   constexpr int PITCH = DEPTH + 8, PACKS = DEPTH / 8;
   if (aligned) {
     for (int i = threadIdx.x; i < ROWS * PACKS; i += blockDim.x) {
       const int row = i / PACKS, d = i % PACKS * 8;
-      const bool inside = row < count && d < depth;
-      copy_async(shared + row * PITCH + d, inside ? rows + row * stride + d : rows, inside);
+      const int64_t start = offset(row);
+      const bool inside = start >= 0 && d < depth;
+      copy_async(shared + row * PITCH + d, inside ? rows + start + d : rows, inside);
     }
   } else {
     for (int i = threadIdx.x; i < ROWS * DEPTH; i += blockDim.x) {
       const int row = i / DEPTH, d = i % DEPTH;
-      shared[row * PITCH + d] = row < count && d < depth ? rows[row * stride + d] : narrow<T>(0.0f);
+      const int64_t start = offset(row);
+      shared[row * PITCH + d] = start >= 0 && d < depth ? rows[start + d] : narrow<T>(0.0f);
     }
   }
   close_copy_group();
@@ -172,8 +175,9 @@ __global__ void __launch_bounds__(MmaShape<DEPTH>::WARPS* WARP, MmaShape<DEPTH>:
   const int lane = threadIdx.x % WARP, warp_row = threadIdx.x / WARP * 16;  // the warp's first row
   T* const warp_queries = queries + warp_row * PITCH;
 
-  stage<ROWS, DEPTH>(queries, attention.query + attention.query_offset(image, first, head), attention.queries - first,
-                     stride, attention.depth, attention.aligned);
+  stage<ROWS, DEPTH>(queries, attention.query + attention.query_offset(image, 0, head),
+                     [&](int row) { return attention.row_offset(image, first + row); }, attention.depth,
+                     attention.aligned);
   active.find(attention, image, first);
   sync_block();
 
@@ -187,7 +191,7 @@ __global__ void __launch_bounds__(MmaShape<DEPTH>::WARPS* WARP, MmaShape<DEPTH>:
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = warp_row + lane / 4 + 8 * half;
-      share[half] = attention.weight(image, slot, first + row) / active.norm(row);
+      share[half] = attention.weight(image, slot, active.number(row)) / active.norm(row);
     }
     if (!attention.joint) softmax = Softmax();
 
@@ -198,10 +202,11 @@ __global__ void __launch_bounds__(MmaShape<DEPTH>::WARPS* WARP, MmaShape<DEPTH>:
       for (int start = 0; start < attention.tokens; start += TOKENS) {
         const int count = attention.tokens - start;
         const int64_t offset = attention.key_offset(prompt, start, head);
+        const auto token_offset = [&](int token) { return token < count ? token * stride : -1; };
         sync_block();
-        stage<TOKENS, DEPTH>(keys, attention.key + offset, count, stride, attention.depth, attention.aligned);
+        stage<TOKENS, DEPTH>(keys, attention.key + offset, token_offset, attention.depth, attention.aligned);
         if (pass == 1)
-          stage<TOKENS, DEPTH>(values, attention.value + offset, count, stride, attention.depth, attention.aligned);
+          stage<TOKENS, DEPTH>(values, attention.value + offset, token_offset, attention.depth, attention.aligned);
         else
           close_copy_group();
         wait_for_copies<1>();
@@ -250,18 +255,18 @@ __global__ void __launch_bounds__(MmaShape<DEPTH>::WARPS* WARP, MmaShape<DEPTH>:
     }
   }
   sync_warp();
-  T* const out = attention.out + attention.query_offset(image, first + warp_row, head);
-  const int count = attention.queries - first - warp_row;
+  T* const out = attention.out + attention.query_offset(image, 0, head);
   if (attention.aligned) {
     for (int i = lane; i < 16 * (DEPTH / 8); i += WARP) {
-      const int row = i / (DEPTH / 8), d = i % (DEPTH / 8) * 8;
-      if (row < count && d < attention.depth)
-        store<8>(out + row * stride + d, load<8>(warp_queries + row * PITCH + d));
+      const int row = i / (DEPTH / 8), d = i % (DEPTH / 8) * 8, number = active.number(warp_row + row);
+      if (number < attention.queries && d < attention.depth)
+        store<8>(out + number * stride + d, load<8>(warp_queries + row * PITCH + d));
     }
   } else {
     for (int i = lane; i < 16 * DEPTH; i += WARP) {
-      const int row = i / DEPTH, d = i % DEPTH;
-      if (row < count && d < attention.depth) out[row * stride + d] = warp_queries[row * PITCH + d];
+      const int row = i / DEPTH, d = i % DEPTH, number = active.number(warp_row + row);
+      if (number < attention.queries && d < attention.depth)
+        out[number * stride + d] = warp_queries[row * PITCH + d];
     }
   }
 }

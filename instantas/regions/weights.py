@@ -6,10 +6,14 @@ from typing import NamedTuple
 
 import torch
 
+from instantas import ops
+from instantas.ops import backend
 from instantas.regions import RegionMap
 from instantas.regions.masks import average
 from instantas.regions.prompts import PromptBank
 from instantas.windows import WindowPlan
+
+TILE = 64  # queries of a feature map that attention takes at once: so few have no order
 
 
 class Place(NamedTuple):
@@ -45,10 +49,12 @@ class Layout(NamedTuple):
     Attributes:
         ids: (B, S) int32, rows of the bank; -1: none.
         weights: (h, w) -> (B, S, h w) float32 for the sizes of the feature maps, the batch's own first.
+        orders: (h, w) -> (B, h w) int32 (`ops.region_order`), for sizes at which attention gains by one.
     """
 
     ids: torch.Tensor
     weights: dict[tuple[int, int], torch.Tensor]
+    orders: dict[tuple[int, int], torch.Tensor]
 
     def weights_at(self, grid: tuple[int, int]) -> torch.Tensor:
         """(B, S, h w): the weight of each prompt in `ids` at the queries of a feature map."""
@@ -110,7 +116,11 @@ class PromptWeights:
             levels[grid] = weights.flatten(2)
             weights = average(weights, 2)
             grid = tuple(weights.shape[-2:])
-        return Layout(ids, levels)
+        orders = {}
+        if ids.shape[1] > 1 and backend.ordered(device):
+            large = {grid: level for grid, level in levels.items() if level.shape[2] > TILE}
+            orders = {grid: ops.region_order(ids, level) for grid, level in large.items()}
+        return Layout(ids, levels, orders)
 
     def _attended(self, rows, branches, device, base):
         """On the device: the ids, the slots of the regions in them as one-hot rows, the list of each row's picture."""
