@@ -141,9 +141,8 @@ __global__ void __launch_bounds__(BANK_THREADS) grad_key_value_kernel(Attention<
   float* const values = keys + FMA_TOKENS * pitch;
   float* const probabilities = values + FMA_TOKENS * pitch;
   float* const logit_grads = probabilities + BANK_ROWS * BANK_PITCH;
-  const auto token_offset = [&](int token) { return token < count ? token * stride : -1; };
-  stage_floats(keys, FMA_TOKENS, pitch, attention.key + offset, token_offset, depth);
-  stage_floats(values, FMA_TOKENS, pitch, attention.value + offset, token_offset, depth);
+  stage_tokens(keys, pitch, attention.key + offset, count, stride, depth);
+  stage_tokens(values, pitch, attention.value + offset, count, stride, depth);
 
   float of_keys[BANK_TOKENS][FMA_CHUNKS] = {}, of_values[BANK_TOKENS][FMA_CHUNKS] = {};
   float new_keys[BANK_TOKENS][FMA_CHUNKS] = {}, new_values[BANK_TOKENS][FMA_CHUNKS] = {};
@@ -153,14 +152,16 @@ __global__ void __launch_bounds__(BANK_THREADS) grad_key_value_kernel(Attention<
   for (int64_t tile = all * split / backward.splits; tile < last; ++tile) {
     const int64_t image = tile / tiles;
     const int first = static_cast<int>(tile % tiles) * BANK_ROWS, number = attention.row(image, first + warp);
-    const auto row_offset = [&](int row) { return attention.row_offset(image, first + row); };
+    const auto stage_rows = [&](float* shared, const T* source) {
+      stage_floats(shared, BANK_ROWS, depth, source + attention.query_offset(image, 0, head),
+                   [&](int row) { return attention.row(image, first + row); }, attention.queries, stride, depth);
+    };
     for (int slot = 0; slot < attention.slots; ++slot) {
       if (attention.prompt(image, slot) != prompt) continue;
       const bool weighted = attention.weight(image, slot, number) > 0.0f;
       if (!any_of_block(weighted)) continue;
-      const int64_t rows = attention.query_offset(image, 0, head);
-      stage_floats(queries, BANK_ROWS, depth, attention.query + rows, row_offset, depth);
-      stage_floats(grads, BANK_ROWS, depth, backward.grad + rows, row_offset, depth);
+      stage_rows(queries, attention.query);
+      stage_rows(grads, backward.grad);
       sync_block();
       float dot[1], grad_dots[1], probability = 0.0f, logit_grad = 0.0f;
       find_dots(dot, queries + warp * depth, keys + lane * pitch, depth);

@@ -18,15 +18,21 @@ constexpr int FMA_TERMS = 8;                 // of a dot product, near the squar
 // Between the rows of tokens, odd: the lanes' rows lie in different banks.
 INSTANTAS_INLINE int pitch_of(int depth) { return depth | 1; }
 
-// `rows` rows of float32, the i-th at source + offset(i), into shared memory: zeros where the offset is negative.
-template <class T, class Offset>
-__device__ __forceinline__ void stage_floats(float* shared, int rows, int pitch, const T* source, const Offset& offset,
-                                             int depth) {
+// `rows` rows of float32 into shared memory, the one of number(i) as the i-th: zeros for numbers from `count` on.
+template <class T, class Number>
+__device__ __forceinline__ void stage_floats(float* shared, int rows, int pitch, const T* source, const Number& number,
+                                             int count, int64_t stride, int depth) {
   for (int i = threadIdx.x; i < rows * depth; i += blockDim.x) {
-    const int row = i / depth, d = i % depth;
-    const int64_t start = offset(row);
-    shared[row * pitch + d] = start >= 0 ? widen(source[start + d]) : 0.0f;
+    const int row = i / depth, d = i % depth, from = number(row);
+    shared[row * pitch + d] = from < count ? widen(source[from * stride + d]) : 0.0f;
   }
+}
+
+// The rows of tokens in their order.
+template <class T>
+__device__ __forceinline__ void stage_tokens(float* shared, int pitch, const T* source, int count, int64_t stride,
+                                             int depth) {
+  stage_floats(shared, FMA_TOKENS, pitch, source, [](int token) { return token; }, count, stride, depth);
 }
 
 // dots[r] = rows[r] . column, for rows `depth` apart. A few products are added up by themselves first: long sums keep
@@ -136,7 +142,8 @@ struct FmaTile {
   // The tile's rows of a tensor like the queries.
   __device__ __forceinline__ void stage_rows(float* shared, const T* source) const {
     stage_floats(shared, ROWS, attention.depth, source + attention.query_offset(image, 0, head),
-                 [&](int row) { return attention.row_offset(image, first + row); }, attention.depth);
+                 [&](int row) { return attention.row(image, first + row); }, attention.queries, stride,
+                 attention.depth);
   }
 
   __device__ __forceinline__ float* end() const { return values + FMA_TOKENS * pitch; }
@@ -144,10 +151,9 @@ struct FmaTile {
   __device__ __forceinline__ void stage_tokens(int prompt, int start) const {
     const int64_t offset = attention.key_offset(prompt, start, head);
     const int count = attention.tokens - start;
-    const auto token_offset = [&](int token) { return token < count ? token * stride : -1; };
     sync_block();
-    stage_floats(keys, FMA_TOKENS, pitch, attention.key + offset, token_offset, attention.depth);
-    stage_floats(values, FMA_TOKENS, pitch, attention.value + offset, token_offset, attention.depth);
+    instantas::stage_tokens(keys, pitch, attention.key + offset, count, stride, attention.depth);
+    instantas::stage_tokens(values, pitch, attention.value + offset, count, stride, attention.depth);
     sync_block();
   }
 

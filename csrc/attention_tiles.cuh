@@ -21,7 +21,7 @@ struct Attention {
   bool joint;    // one softmax over all prompts, not one for each
   bool aligned;  // rows are multiples of 16 bytes at multiples of 16 bytes
 
-  // The number of the query that is visited at a place: `queries` past the last, and for what is no number of a query.
+  // The number of the query that is visited at a place: `queries` past the last, and for what is no number of one.
   __device__ __forceinline__ int row(int64_t image, int place) const {
     if (place >= queries) return queries;
     const int number = order ? order[image * queries + place] : place;
@@ -29,11 +29,6 @@ struct Attention {
   }
   __device__ __forceinline__ int64_t query_offset(int64_t image, int row, int head) const {
     return ((image * queries + row) * heads + head) * depth;
-  }
-  // From an image's first row of a head to the one that is visited at a place; -1 where there is none.
-  __device__ __forceinline__ int64_t row_offset(int64_t image, int place) const {
-    const int number = row(image, place);
-    return number < queries ? int64_t{number} * heads * depth : -1;
   }
   __device__ __forceinline__ int64_t key_offset(int64_t prompt, int token, int head) const {
     return ((prompt * tokens + token) * heads + head) * depth;

@@ -14,6 +14,7 @@ from instantas.regions.prompts import PromptBank
 from instantas.windows import WindowPlan
 
 TILE = 64  # queries of a feature map that attention takes at once: so few have no order
+KEPT = 64  # layouts at most
 
 
 class Place(NamedTuple):
@@ -73,7 +74,7 @@ class PromptWeights:
 
     def __init__(self, regions: RegionMap, bank: PromptBank, joint: bool = False):
         self.regions, self.bank, self.joint = regions, bank, joint
-        self._layout: Layout | None = None
+        self._layouts: dict[tuple, Layout] = {}  # of the batches of a step, and of the steps that are like it
         self._laid_out: tuple | None = None
         self._placed: dict[tuple, tuple] = {}
 
@@ -100,12 +101,16 @@ class PromptWeights:
                 f"ones first, got {elements} of {(h, w)}"
             )
         weights = self.regions.weights(place.progress)
-        where = self.bank.version, place.plan, place.rows.tolist(), place.view, weights, branches, device
+        if place.captured:
+            return self._made(place, (h, w), branches, device, base)
+        where = self.bank.version, place.plan, place.view, weights, branches, device
         laid_out = *where, base, torch.is_inference_mode_enabled()  # whose tensors are of no use outside of it
-        if self._layout is None or self._laid_out != laid_out or place.captured:
-            self._layout = self._made(place, (h, w), branches, device, base)
-            self._laid_out = None if place.captured else laid_out
-        return self._layout
+        if self._laid_out != laid_out or len(self._layouts) == KEPT:
+            self._laid_out, self._layouts = laid_out, {}
+        rows = tuple(place.rows.flatten().tolist())
+        if rows not in self._layouts:
+            self._layouts[rows] = self._made(place, (h, w), branches, device, base)
+        return self._layouts[rows]
 
     def _made(self, place, grid, branches, device, base):
         ids, slots, lists = self._attended(place.rows, branches, device, base)
