@@ -1,4 +1,4 @@
-"""The order in which attention visits queries: what it groups, how few prompts a tile then visits, what never changes."""
+"""The order in which attention visits queries: what it groups, how few prompts a tile visits, what never changes."""
 
 import dataclasses
 
@@ -60,7 +60,7 @@ def test_an_order_of_little(shape):
 
 
 def test_neighbours_stay_in_raster_order_however_they_are_numbered():
-    """Layers one above the other that fade: raster order is best already, and the numbers of the regions mean nothing."""
+    """Layers one above the other that fade: raster order is best already, and the regions' numbers mean nothing."""
     (weights,) = (feathered(w, 2) for name, w in layouts(9) if name == "layers")
     ids = torch.arange(9)[None]
     for seed in range(3):
