@@ -30,20 +30,25 @@ __device__ __forceinline__ unsigned pack_pair(float low, float high) {
   return word;
 }
 
-// Rows of `depth` elements, `stride` apart in memory, into shared memory: zeros past the last element and row.
-template <int ROWS, int DEPTH, class T>
-__device__ __forceinline__ void stage(T* shared, const T* rows, int count, int64_t stride, int depth, bool aligned) {
+// Rows of `depth` elements, `stride` apart in memory, into shared memory, the one of number(i) as the i-th: zeros past
+// the last element, and for numbers from `count` on.
+template <int ROWS, int DEPTH, class T, class Number>
+__device__ __forceinline__ void stage(T* shared, const T* rows, const Number& number, int count, int64_t stride,
+                                      int depth, bool aligned) {
   constexpr int PITCH = DEPTH + 8, PACKS = DEPTH / 8;
   if (aligned) {
+#pragma unroll 4  // copies wait for nothing: all of them at once would take registers
     for (int i = threadIdx.x; i < ROWS * PACKS; i += blockDim.x) {
       const int row = i / PACKS, d = i % PACKS * 8;
-      const bool inside = row < count && d < depth;
-      copy_async(shared + row * PITCH + d, inside ? rows + row * stride + d : rows, inside);
+      const int source = number(row);
+      const bool inside = source < count && d < depth;
+      copy_async(shared + row * PITCH + d, inside ? rows + source * stride + d : rows, inside);
     }
   } else {
     for (int i = threadIdx.x; i < ROWS * DEPTH; i += blockDim.x) {
       const int row = i / DEPTH, d = i % DEPTH;
-      shared[row * PITCH + d] = row < count && d < depth ? rows[row * stride + d] : narrow<T>(0.0f);
+      const int source = number(row);
+      shared[row * PITCH + d] = source < count && d < depth ? rows[source * stride + d] : narrow<T>(0.0f);
     }
   }
   close_copy_group();
@@ -172,8 +177,11 @@ __global__ void __launch_bounds__(MmaShape<DEPTH>::WARPS* WARP, MmaShape<DEPTH>:
   const int lane = threadIdx.x % WARP, warp_row = threadIdx.x / WARP * 16;  // the warp's first row
   T* const warp_queries = queries + warp_row * PITCH;
 
-  stage<ROWS, DEPTH>(queries, attention.query + attention.query_offset(image, first, head), attention.queries - first,
-                     stride, attention.depth, attention.aligned);
+  // rows are told from the tile's first in raster order: told from the first of all they take 8 registers more
+  const int left = attention.queries - first;
+  stage<ROWS, DEPTH>(queries, attention.query + attention.query_offset(image, first, head),
+                     [&](int row) { return attention.row(image, first + row) - first; }, left, stride, attention.depth,
+                     attention.aligned);
   active.find(attention, image, first);
   sync_block();
 
@@ -187,7 +195,7 @@ __global__ void __launch_bounds__(MmaShape<DEPTH>::WARPS* WARP, MmaShape<DEPTH>:
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = warp_row + lane / 4 + 8 * half;
-      share[half] = attention.weight(image, slot, first + row) / active.norm(row);
+      share[half] = attention.weight(image, slot, active.number(row)) / active.norm(row);
     }
     if (!attention.joint) softmax = Softmax();
 
@@ -198,10 +206,14 @@ __global__ void __launch_bounds__(MmaShape<DEPTH>::WARPS* WARP, MmaShape<DEPTH>:
       for (int start = 0; start < attention.tokens; start += TOKENS) {
         const int count = attention.tokens - start;
         const int64_t offset = attention.key_offset(prompt, start, head);
+        const auto stage_tokens = [&](T* shared, const T* bank) {
+          stage<TOKENS, DEPTH>(shared, bank + offset, [](int token) { return token; }, count, stride, attention.depth,
+                               attention.aligned);
+        };
         sync_block();
-        stage<TOKENS, DEPTH>(keys, attention.key + offset, count, stride, attention.depth, attention.aligned);
+        stage_tokens(keys, attention.key);
         if (pass == 1)
-          stage<TOKENS, DEPTH>(values, attention.value + offset, count, stride, attention.depth, attention.aligned);
+          stage_tokens(values, attention.value);
         else
           close_copy_group();
         wait_for_copies<1>();
@@ -250,18 +262,17 @@ __global__ void __launch_bounds__(MmaShape<DEPTH>::WARPS* WARP, MmaShape<DEPTH>:
     }
   }
   sync_warp();
-  T* const out = attention.out + attention.query_offset(image, first + warp_row, head);
-  const int count = attention.queries - first - warp_row;
+  T* const out = attention.out + attention.query_offset(image, first, head);
   if (attention.aligned) {
     for (int i = lane; i < 16 * (DEPTH / 8); i += WARP) {
-      const int row = i / (DEPTH / 8), d = i % (DEPTH / 8) * 8;
-      if (row < count && d < attention.depth)
-        store<8>(out + row * stride + d, load<8>(warp_queries + row * PITCH + d));
+      const int row = i / (DEPTH / 8), d = i % (DEPTH / 8) * 8, to = active.number(warp_row + row) - first;
+      if (to < left && d < attention.depth)
+        store<8>(out + to * stride + d, load<8>(warp_queries + row * PITCH + d));
     }
   } else {
     for (int i = lane; i < 16 * DEPTH; i += WARP) {
-      const int row = i / DEPTH, d = i % DEPTH;
-      if (row < count && d < attention.depth) out[row * stride + d] = warp_queries[row * PITCH + d];
+      const int row = i / DEPTH, d = i % DEPTH, to = active.number(warp_row + row) - first;
+      if (to < left && d < attention.depth) out[to * stride + d] = warp_queries[row * PITCH + d];
     }
   }
 }

@@ -33,9 +33,7 @@ __global__ void __launch_bounds__(FMA_THREADS) grad_query_kernel(Attention<T> at
   constexpr int ROWS = FMA_ROWS_OF_WARP;
   const FmaTile<T, ROWS> tile(attention, reinterpret_cast<float*>(shared_memory()));
   float* const grads = tile.end();
-  stage_floats(grads, FMA_ROWS, attention.depth,
-               backward.grad + attention.query_offset(tile.image, tile.first, tile.head), attention.queries - tile.first,
-               tile.stride, attention.depth);
+  tile.stage_rows(grads, backward.grad);
   ActiveRows<FMA_ROWS> active(reinterpret_cast<char*>(grads + FMA_ROWS * attention.depth));
   active.find(attention, tile.image, tile.first);
   sync_block();
@@ -73,10 +71,12 @@ __global__ void __launch_bounds__(FMA_THREADS) grad_query_kernel(Attention<T> at
     }
     if (!final || !warp_active) return;
 #pragma unroll
-    for (int r = 0; r < ROWS; ++r)
-      if (lane == 0 && tile.first + tile.warp_row + r < attention.queries)
-        backward.statistics_of(attention, tile.image, slot, tile.head, tile.first + tile.warp_row + r) = {
+    for (int r = 0; r < ROWS; ++r) {
+      const int number = active.number(tile.warp_row + r);
+      if (lane == 0 && number < attention.queries)
+        backward.statistics_of(attention, tile.image, slot, tile.head, number) = {
             softmax[r].largest, share[r] > 0.0f ? share[r] / softmax[r].sum : 0.0f, mean[r]};
+    }
   };
   const auto finish_means = [&] {
 #pragma unroll
@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(FMA_THREADS) grad_query_kernel(Attention<T> at
     }
     visit(slot, true);
   }
-  tile.store_rows(attention.out, result);
+  tile.store_rows(attention.out, active, result);
 }
 
 constexpr int BANK_WARPS = 8;
@@ -141,8 +141,8 @@ __global__ void __launch_bounds__(BANK_THREADS) grad_key_value_kernel(Attention<
   float* const values = keys + FMA_TOKENS * pitch;
   float* const probabilities = values + FMA_TOKENS * pitch;
   float* const logit_grads = probabilities + BANK_ROWS * BANK_PITCH;
-  stage_floats(keys, FMA_TOKENS, pitch, attention.key + offset, count, stride, depth);
-  stage_floats(values, FMA_TOKENS, pitch, attention.value + offset, count, stride, depth);
+  stage_tokens(keys, pitch, attention.key + offset, count, stride, depth);
+  stage_tokens(values, pitch, attention.value + offset, count, stride, depth);
 
   float of_keys[BANK_TOKENS][FMA_CHUNKS] = {}, of_values[BANK_TOKENS][FMA_CHUNKS] = {};
   float new_keys[BANK_TOKENS][FMA_CHUNKS] = {}, new_values[BANK_TOKENS][FMA_CHUNKS] = {};
@@ -151,20 +151,23 @@ __global__ void __launch_bounds__(BANK_THREADS) grad_key_value_kernel(Attention<
   const int64_t last = all * (split + 1) / backward.splits;
   for (int64_t tile = all * split / backward.splits; tile < last; ++tile) {
     const int64_t image = tile / tiles;
-    const int first = static_cast<int>(tile % tiles) * BANK_ROWS;
+    const int first = static_cast<int>(tile % tiles) * BANK_ROWS, number = attention.row(image, first + warp);
+    const auto stage_rows = [&](float* shared, const T* source) {
+      stage_floats(shared, BANK_ROWS, depth, source + attention.query_offset(image, 0, head),
+                   [&](int row) { return attention.row(image, first + row); }, attention.queries, stride, depth);
+    };
     for (int slot = 0; slot < attention.slots; ++slot) {
       if (attention.prompt(image, slot) != prompt) continue;
-      const bool weighted = threadIdx.x < BANK_ROWS && attention.weight(image, slot, first + threadIdx.x) > 0.0f;
+      const bool weighted = attention.weight(image, slot, number) > 0.0f;
       if (!any_of_block(weighted)) continue;
-      const int64_t rows = attention.query_offset(image, first, head);
-      stage_floats(queries, BANK_ROWS, depth, attention.query + rows, attention.queries - first, stride, depth);
-      stage_floats(grads, BANK_ROWS, depth, backward.grad + rows, attention.queries - first, stride, depth);
+      stage_rows(queries, attention.query);
+      stage_rows(grads, backward.grad);
       sync_block();
       float dot[1], grad_dots[1], probability = 0.0f, logit_grad = 0.0f;
       find_dots(dot, queries + warp * depth, keys + lane * pitch, depth);
       find_dots(grad_dots, grads + warp * depth, values + lane * pitch, depth);
-      if (lane < count && attention.weight(image, slot, first + warp) > 0.0f) {
-        const RowStatistics row = backward.statistics_of(attention, image, slot, head, first + warp);
+      if (lane < count && weighted) {
+        const RowStatistics row = backward.statistics_of(attention, image, slot, head, number);
         if (row.factor != 0.0f) {  // a weight may be too small to count
           probability = row.factor * exp2f(fmaf(dot[0], attention.scale_base2, -row.largest));
           logit_grad = probability * (grad_dots[0] - row.mean) * attention.scale;

@@ -18,14 +18,21 @@ constexpr int FMA_TERMS = 8;                 // of a dot product, near the squar
 // Between the rows of tokens, odd: the lanes' rows lie in different banks.
 INSTANTAS_INLINE int pitch_of(int depth) { return depth | 1; }
 
-// `rows` rows of float32 into shared memory, zeros from `count` on.
-template <class T>
-__device__ __forceinline__ void stage_floats(float* shared, int rows, int pitch, const T* source, int count,
-                                             int64_t stride, int depth) {
+// `rows` rows of float32 into shared memory, the one of number(i) as the i-th: zeros for numbers from `count` on.
+template <class T, class Number>
+__device__ __forceinline__ void stage_floats(float* shared, int rows, int pitch, const T* source, const Number& number,
+                                             int count, int64_t stride, int depth) {
   for (int i = threadIdx.x; i < rows * depth; i += blockDim.x) {
-    const int row = i / depth, d = i % depth;
-    shared[row * pitch + d] = row < count ? widen(source[row * stride + d]) : 0.0f;
+    const int row = i / depth, d = i % depth, from = number(row);
+    shared[row * pitch + d] = from < count ? widen(source[from * stride + d]) : 0.0f;
   }
+}
+
+// The rows of tokens in their order.
+template <class T>
+__device__ __forceinline__ void stage_tokens(float* shared, int pitch, const T* source, int count, int64_t stride,
+                                             int depth) {
+  stage_floats(shared, FMA_TOKENS, pitch, source, [](int token) { return token; }, count, stride, depth);
 }
 
 // dots[r] = rows[r] . column, for rows `depth` apart. A few products are added up by themselves first: long sums keep
@@ -129,8 +136,14 @@ struct FmaTile {
     image = blockIdx.x / given.heads / tiles;
     warp_row = threadIdx.x / WARP * ROWS_OF_WARP;
     stride = int64_t{given.heads} * given.depth;
-    stage_floats(queries, ROWS, given.depth, given.query + given.query_offset(image, first, head),
-                 given.queries - first, stride, given.depth);
+    stage_rows(queries, given.query);
+  }
+
+  // The tile's rows of a tensor like the queries.
+  __device__ __forceinline__ void stage_rows(float* shared, const T* source) const {
+    stage_floats(shared, ROWS, attention.depth, source + attention.query_offset(image, 0, head),
+                 [&](int row) { return attention.row(image, first + row); }, attention.queries, stride,
+                 attention.depth);
   }
 
   __device__ __forceinline__ float* end() const { return values + FMA_TOKENS * pitch; }
@@ -139,8 +152,8 @@ struct FmaTile {
     const int64_t offset = attention.key_offset(prompt, start, head);
     const int count = attention.tokens - start;
     sync_block();
-    stage_floats(keys, FMA_TOKENS, pitch, attention.key + offset, count, stride, attention.depth);
-    stage_floats(values, FMA_TOKENS, pitch, attention.value + offset, count, stride, attention.depth);
+    instantas::stage_tokens(keys, pitch, attention.key + offset, count, stride, attention.depth);
+    instantas::stage_tokens(values, pitch, attention.value + offset, count, stride, attention.depth);
     sync_block();
   }
 
@@ -154,20 +167,23 @@ struct FmaTile {
     return start + static_cast<int>(threadIdx.x % WARP) < attention.tokens && share > 0.0f;
   }
 
-  template <class Norms>
-  __device__ __forceinline__ void find_shares(float (&share)[ROWS_OF_WARP], const Norms& norms, int slot) const {
+  template <class Active>
+  __device__ __forceinline__ void find_shares(float (&share)[ROWS_OF_WARP], const Active& active, int slot) const {
 #pragma unroll
     for (int r = 0; r < ROWS_OF_WARP; ++r)
-      share[r] = attention.weight(image, slot, first + warp_row + r) / norms.norm(warp_row + r);
+      share[r] = attention.weight(image, slot, active.number(warp_row + r)) / active.norm(warp_row + r);
   }
 
   // result[row of the warp][every 32nd element] into the rows of `out`.
-  __device__ __forceinline__ void store_rows(T* out, const float (&result)[ROWS_OF_WARP][FMA_CHUNKS]) const {
+  template <class Active>
+  __device__ __forceinline__ void store_rows(T* out, const Active& active,
+                                             const float (&result)[ROWS_OF_WARP][FMA_CHUNKS]) const {
     const int lane = threadIdx.x % WARP;
 #pragma unroll
     for (int r = 0; r < ROWS_OF_WARP; ++r) {
-      if (first + warp_row + r >= attention.queries) break;
-      T* row = out + attention.query_offset(image, first + warp_row + r, head);
+      const int number = active.number(warp_row + r);
+      if (number >= attention.queries) continue;
+      T* row = out + attention.query_offset(image, number, head);
 #pragma unroll
       for (int chunk = 0; chunk < FMA_CHUNKS; ++chunk)
         if (chunk * WARP + lane < attention.depth) row[chunk * WARP + lane] = narrow<T>(result[r][chunk]);
@@ -227,7 +243,7 @@ __global__ void __launch_bounds__(FMA_THREADS) attention_fma_kernel(Attention<fl
       for (int chunk = 0; chunk < FMA_CHUNKS; ++chunk)
         result[r][chunk] = softmax[r].sum == 0.0f ? 0.0f : mixed[r][chunk] / softmax[r].sum;
   }
-  tile.store_rows(attention.out, result);
+  tile.store_rows(attention.out, active, result);
 }
 
 }  // namespace instantas

@@ -14,12 +14,19 @@ struct Attention {
   T* out;
   const int32_t* prompt_ids;  // (B, R); an id outside 0 .. P - 1 is an unused slot
   const float* weights;       // (B, R, N)
+  const int32_t* order;       // (B, N), the queries' numbers as they are visited; null: one after the other
   int queries, heads, depth, prompts, tokens, slots;
-  float scale;   // of the logits
+  float scale;        // of the logits
   float scale_base2;  // of the logits in base 2
   bool joint;    // one softmax over all prompts, not one for each
   bool aligned;  // rows are multiples of 16 bytes at multiples of 16 bytes
 
+  // The number of the query that is visited at a place: `queries` past the last, and for what is no number of one.
+  __device__ __forceinline__ int row(int64_t image, int place) const {
+    if (place >= queries) return queries;
+    const int number = order ? order[image * queries + place] : place;
+    return static_cast<unsigned>(number) < static_cast<unsigned>(queries) ? number : queries;
+  }
   __device__ __forceinline__ int64_t query_offset(int64_t image, int row, int head) const {
     return ((image * queries + row) * heads + head) * depth;
   }
@@ -36,33 +43,38 @@ struct Attention {
   }
 };
 
-// Which of a tile's rows have weight in which slot, and what a row's weights are relative to: their sum, or jointly the
-// largest; 1 for a row without weight. In shared memory: size(slots) bytes of it.
+// Which queries a tile's rows are, which of them have weight in which slot, and what a row's weights are relative to:
+// their sum, or jointly the largest; 1 for a row without weight. In shared memory: size(slots) bytes of it.
 template <int ROWS>
 class ActiveRows {
  public:
   static constexpr int WORDS = (ROWS + WARP - 1) / WARP;
 
-  static INSTANTAS_INLINE int size(int slots) { return (ROWS + slots * WORDS) * 4; }
+  static INSTANTAS_INLINE int size(int slots) { return (2 * ROWS + slots * WORDS) * 4; }
 
   __device__ __forceinline__ explicit ActiveRows(char* shared)
-      : norm_(reinterpret_cast<float*>(shared)), words_(reinterpret_cast<unsigned*>(shared) + ROWS) {}
+      : norm_(reinterpret_cast<float*>(shared)),
+        number_(reinterpret_cast<int*>(shared) + ROWS),
+        words_(reinterpret_cast<unsigned*>(shared) + 2 * ROWS) {}
 
   // By all threads of the block, at least as many as rows rounded up to whole warps; then the block has to meet.
   template <class T>
   __device__ __forceinline__ void find(const Attention<T>& attention, int64_t image, int first) {
     const int row = threadIdx.x;
     if (row >= WORDS * WARP) return;
+    const int number = row < ROWS ? attention.row(image, first + row) : attention.queries;
     float norm = 0.0f;
 #pragma unroll 4
     for (int slot = 0; slot < attention.slots; ++slot) {
       float weight = 0.0f;
-      if (row < ROWS && attention.prompt(image, slot) >= 0) weight = attention.weight(image, slot, first + row);
+      if (attention.prompt(image, slot) >= 0) weight = attention.weight(image, slot, number);
       norm = attention.joint ? fmaxf(norm, weight) : norm + weight;
       const unsigned rows = ballot(weight > 0.0f);
       if (row % WARP == 0) words_[slot * WORDS + row / WARP] = rows;
     }
-    if (row < ROWS) norm_[row] = norm > 0.0f ? norm : 1.0f;
+    if (row >= ROWS) return;
+    norm_[row] = norm > 0.0f ? norm : 1.0f;
+    number_[row] = number;
   }
 
   __device__ __forceinline__ bool anywhere(int slot) const {
@@ -79,9 +91,11 @@ class ActiveRows {
   }
 
   __device__ __forceinline__ float norm(int row) const { return norm_[row]; }
+  __device__ __forceinline__ int number(int row) const { return number_[row]; }
 
  private:
   float* norm_;
+  int* number_;
   unsigned* words_;
 };
 

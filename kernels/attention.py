@@ -35,6 +35,7 @@ def _attention_kernel(
     value,
     prompt_ids,
     weights,
+    order,
     out,
     prompts,
     slots,
@@ -65,7 +66,7 @@ def _attention_kernel(
     JOINT: tl.constexpr,
     OPERAND: tl.constexpr,
 ):
-    head, b, row = query_tile(tl.program_id(0), heads, n, TILE)
+    head, b, row = query_tile(tl.program_id(0), heads, order, n, TILE)
     query += (b * stride_qb + head * stride_qh) * ALIGN
     key += head * stride_kh * ALIGN
     value += head * stride_vh * ALIGN
@@ -110,7 +111,7 @@ def _attention_kernel(
     store_rows(out, result, b, row, head, n, heads, D, DEPTH)
 
 
-def regional_attention(query, key, value, prompt_ids, weights, joint, scale):
+def regional_attention(query, key, value, prompt_ids, weights, joint, scale, order=None):
     """sum_r w_r softmax(q K_r scale) V_r / sum_r w_r; joint: one softmax over all r, log w_r added to the logits."""
     b, n, heads, d = query.shape
     prompts, length = key.shape[:2]
@@ -129,6 +130,7 @@ def regional_attention(query, key, value, prompt_ids, weights, joint, scale):
             value,
             prompt_ids.contiguous(),
             weights,
+            order if order is None else order.contiguous(),
             out,
             prompts,
             slots,

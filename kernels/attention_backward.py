@@ -24,6 +24,7 @@ from .attention_tiles import (
     slot_weights,
     softmax_block,
     store_rows,
+    visited_rows,
     weight_norms,
 )
 from .tiles import exact_dtype, range
@@ -86,6 +87,7 @@ def _grad_query_kernel(
     value,
     prompt_ids,
     weights,
+    order,
     statistics,
     out,
     prompts,
@@ -123,7 +125,7 @@ def _grad_query_kernel(
     OPERAND: tl.constexpr,
 ):
     """Also writes statistics (3, B, heads, R, N): peak, share / mass and delta, where the weight is not zero."""
-    head, b, row = query_tile(tl.program_id(0), heads, n, TILE)
+    head, b, row = query_tile(tl.program_id(0), heads, order, n, TILE)
     query += (b * stride_qb + head * stride_qh) * ALIGN
     grad += (b * stride_gb + head * stride_gh) * ALIGN
     key += head * stride_kh * ALIGN
@@ -203,6 +205,7 @@ def _grad_key_value_kernel(
     value,
     prompt_ids,
     weights,
+    order,
     statistics,
     grad_key,
     grad_value,
@@ -258,7 +261,7 @@ def _grad_key_value_kernel(
     tiles_of_split = tl.cdiv(batch * tiles, splits)
     for tile in range(split * tiles_of_split, min((split + 1) * tiles_of_split, batch * tiles)):
         b = (tile // tiles).to(tl.int64)
-        row = tile % tiles * TILE + tl.arange(0, TILE)
+        row = visited_rows(order, b, tile % tiles * TILE + tl.arange(0, TILE), n)
         ids, w = prompt_ids + b * slots, weights + b * stride_wb
         for first in range(0, slots, SLOTS):
             slot, weight = load_slots(ids, w, first, slots, prompt, prompt + 1, row, n, stride_wr, stride_wn, SLOTS)
@@ -289,7 +292,7 @@ def _grad_key_value_kernel(
     tl.store(grad_value + offset, dv, inside)
 
 
-def regional_attention_backward(grad, query, key, value, prompt_ids, weights, joint, scale):
+def regional_attention_backward(grad, query, key, value, prompt_ids, weights, joint, scale, order=None):
     """Gradients of regional_attention with respect to query, key and value."""
     b, n, heads, d = query.shape
     prompts, length = key.shape[:2]
@@ -300,7 +303,8 @@ def regional_attention_backward(grad, query, key, value, prompt_ids, weights, jo
     (query, key, value, grad), align, strides = packed_rows([query, key, value, grad])
     shape = dict(head_shape(query, slots), L=length, ALIGN=align)
     statistics = query.new_empty(3, b, heads, slots, n, dtype=torch.float32)
-    inputs = grad, query, key, value, prompt_ids.contiguous(), weights, statistics
+    order = order if order is None else order.contiguous()
+    inputs = grad, query, key, value, prompt_ids.contiguous(), weights, order, statistics
     numbers = scale, scale * math.log2(math.e), statistics.stride(0), *strides, *weights.stride()
     with torch.cuda.device_of(query):
         launch = launch_options(shape["DEPTH"], query.dtype, backward=True)

@@ -13,12 +13,21 @@ from .tiles import alignment, exact_dtype, range
 
 
 @triton.jit
-def query_tile(program, heads, n, TILE: tl.constexpr):
-    """Number of a program -> head, image, queries; heads vary fastest."""
+def query_tile(program, heads, order, n, TILE: tl.constexpr):
+    """Number of a program -> head, image, numbers of its queries; heads vary fastest."""
     head = (program % heads).to(tl.int64)
     tile = program // heads
     image = (tile // tl.cdiv(n, TILE)).to(tl.int64)
-    return head, image, tile % tl.cdiv(n, TILE) * TILE + tl.arange(0, TILE)
+    return head, image, visited_rows(order, image, tile % tl.cdiv(n, TILE) * TILE + tl.arange(0, TILE), n)
+
+
+@triton.jit
+def visited_rows(order, image, place, n):
+    """The numbers of the queries visited at these places: n past the last, and for what is no number of a query."""
+    if order is None:
+        return place
+    row = tl.load(order + image * n + place, place < n, other=n)
+    return tl.where(row < 0, n, row)
 
 
 @triton.jit

@@ -15,8 +15,10 @@ from typing import Any
 import torch
 
 from instantas.ops.backend import backends, use_backend
+from instantas.ops.order import region_order
 from instantas.ops.validation import (
     check_constant,
+    check_order,
     check_plan,
     check_prompt_ids,
     check_tensor,
@@ -28,7 +30,15 @@ from instantas.ops.validation import (
 )
 from instantas.windows import WindowPlan
 
-__all__ = ["backends", "gather_windows", "guided_step", "regional_attention", "scatter_windows", "use_backend"]
+__all__ = [
+    "backends",
+    "gather_windows",
+    "guided_step",
+    "region_order",
+    "regional_attention",
+    "scatter_windows",
+    "use_backend",
+]
 
 MAX_HEAD_SIZE = 256
 
@@ -214,6 +224,7 @@ def regional_attention(
     *,
     mode: str = "blend",
     scale: float | None = None,
+    order: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Cross-attention of every query with only the prompts of its region (InstantAS, guided cross-attention).
 
@@ -225,13 +236,19 @@ def regional_attention(
         mode: "blend": sum_r w_r softmax(q K_r / sqrt D) V_r / sum_r w_r. "joint": one softmax over all tokens of all
             prompts, log w_r added to the logits. For disjoint 0/1 weights they are equal.
         scale: factor of the logits, 1 / sqrt(D) when None.
+        order: (B, N) int32 or int64, a permutation of 0 .. N - 1 for each image, in which the queries are visited; as
+            `region_order` makes it, a tile of them visits few prompts. None: raster order. The result does not depend
+            on it, bit for bit, nor does the gradient of the query; those of key and value are sums over the queries,
+            whose rounding follows it.
 
     Returns:
         (B, N, heads, D), contiguous, of the query's dtype. A query without any weight gives zeros.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came. On a GPU the values of prompt_ids
-            are not read back: ids outside the bank count as unused there. Values of weights are not checked.
+            and order are not read back: ids outside the bank count as unused there, numbers outside 0 .. N - 1 are
+            skipped, and what an order leaves out is not computed. On the CPU both are looked at, an order once for each
+            tensor. Values of weights are not checked.
 
     Equivalent PyTorch code (blend)::
 
@@ -251,6 +268,7 @@ def regional_attention(
     if key.shape[1] == 0:
         raise ValueError("key: expected at least one token, got L = 0")
     check_prompt_ids(prompt_ids, key.shape[0])
+    check_order(order, query)
     if mode not in ("blend", "joint"):
         raise ValueError(f"mode: expected 'blend' or 'joint', got {mode!r}")
     factor = None
@@ -262,6 +280,8 @@ def regional_attention(
         scale = finite("scale", scale)
     if prompt_ids.dtype == torch.int64:  # an id too large for int32 must not come out as another
         prompt_ids = prompt_ids.clamp(-1, key.shape[0]).int()
+    if order is not None and order.dtype == torch.int64:
+        order = order.clamp(-1, n).int()
     return torch.ops.instantas.regional_attention(
-        query, key, value, prompt_ids, weights, mode == "joint", scale, factor
+        query, key, value, prompt_ids, weights, mode == "joint", scale, order, factor
     )

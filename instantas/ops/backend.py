@@ -37,6 +37,7 @@ class Backend:
     absent: Callable[[], str | None] = lambda: None  # why it cannot run on this machine
     refused: Callable[[torch.device], str | None] = lambda device: None  # why it cannot run on this device of a type
     default: bool = True  # whether it runs without being asked for
+    ordered: bool = False  # whether its attention visits fewer prompts by an order (`ops.region_order`)
 
     def unserved(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """Why it does not take such tensors, or None."""
@@ -88,6 +89,11 @@ def implementation(operation: str, tensor: torch.Tensor) -> Callable[..., Any]:
     if reason := backend.unserved(tensor.device, tensor.dtype):
         raise RuntimeError(f"backend {backend.name!r} cannot run {operation}: {reason}")
     return backend.functions()[operation]
+
+
+def ordered(device: torch.device) -> bool:
+    """Whether an order of the queries is of use to attention on the device."""
+    return (_forced[-1] if _forced else default(device, torch.float32)).ordered
 
 
 @functools.cache
@@ -197,12 +203,12 @@ def _guided_step(
     return new_sample.contiguous(), new_history, kept[0] if kept else torch.empty_like(latest)
 
 
-def _regional_attention(query, key, value, prompt_ids, weights, joint, scale):
+def _regional_attention(query, key, value, prompt_ids, weights, joint, scale, order=None):
     mode = "joint" if joint else "blend"
     return reference.regional_attention(query, key, value, prompt_ids, weights, mode=mode, scale=scale).contiguous()
 
 
-def _regional_attention_backward(grad, query, key, value, prompt_ids, weights, joint, scale):
+def _regional_attention_backward(grad, query, key, value, prompt_ids, weights, joint, scale, order=None):
     mode = "joint" if joint else "blend"
     grads = reference.regional_attention_backward(grad, query, key, value, prompt_ids, weights, mode=mode, scale=scale)
     return tuple(g.contiguous() for g in grads)
@@ -247,6 +253,7 @@ BACKENDS = {
             _triton_functions,
             _triton_absent,
             default=not INTERPRETED,
+            ordered=True,
         ),
         # Not measured yet. Reasoned: CUDA stages a prompt of 77 tokens at once, and picks its own memory instructions.
         Backend(
@@ -257,6 +264,7 @@ BACKENDS = {
             functools.cache(CUDA.functions),
             _cuda_absent,
             _cuda_refused,
+            ordered=True,
         ),
     )
 }

@@ -2,7 +2,8 @@
 
 In Python, since the time goes into those, which know the processor's instructions, and which a compiled caller could
 only reach by the same road. The queries of a prompt are picked a chunk at a time, few enough for their logits to stay
-in cache.
+in cache. An order is taken and left alone: it puts the queries of a set of prompts together, for tiles that know no
+larger group, while here those of a prompt come together from all sets and all images.
 """
 
 import torch
@@ -21,6 +22,7 @@ def regional_attention(
     weights: torch.Tensor,
     joint: bool,
     scale: float,
+    order: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Each query attends to the prompts of its region. Shapes and modes as in `instantas.ops.regional_attention`."""
     query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
@@ -56,6 +58,7 @@ def regional_attention_backward(
     weights: torch.Tensor,
     joint: bool,
     scale: float,
+    order: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, ...]:
     """The gradients of query, key and value; probabilities are computed again, all in the type of the arithmetic."""
     wide = _wide(query.dtype)

@@ -99,8 +99,9 @@ def regional_attention(
     *,
     mode: str = "blend",
     scale: float | None = None,
+    order: Tensor | None = None,
 ) -> Tensor:
-    """Each query attends to the prompts of its region.
+    """Each query attends to the prompts of its region; the order in which they are visited changes nothing.
 
     blend: out = sum_r w_r softmax(q K_r^T scale) V_r / sum_r w_r.
     joint: out = softmax over all (r, l) of (q K_r^T scale + log w_r), times V.
@@ -123,6 +124,7 @@ def regional_attention_backward(
     *,
     mode: str = "blend",
     scale: float | None = None,
+    order: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients with respect to query, key and value: dS = P (dP - the mean of dP under each softmax)."""
     ids = _bank_rows(prompt_ids, key)

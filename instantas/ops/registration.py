@@ -13,7 +13,7 @@ from instantas.ops.schemas import SCHEMAS
 _library = torch.library.Library("instantas", "DEF")
 
 # The scale of a compiled graph is a tensor, float64 on the CPU, that the number in `scale` is multiplied by.
-_FACTOR = ("float scale)", "float scale, Tensor? factor=None)")
+_FACTOR = ("Tensor? order=None)", "Tensor? order=None, Tensor? factor=None)")
 
 
 def _dispatcher(operation, chosen=None):
@@ -23,8 +23,9 @@ def _dispatcher(operation, chosen=None):
         return (chosen or implementation(operation, args[0]))(*args)
 
     def run_scaled(*args):
-        *args, scale, factor = (*args, None) if isinstance(args[-1], float) else args  # without what is its default
-        return run(*args, _scaled(scale, factor))
+        at = next(i for i, value in enumerate(args) if isinstance(value, float))
+        order, factor = (*args[at + 1 :], None, None)[:2]  # both come without what is their default
+        return run(*args[:at], _scaled(args[at], factor), *(() if order is None else (order,)))
 
     return run_scaled if "attention" in operation else run
 
@@ -151,25 +152,25 @@ def _step_backward(ctx, grad_sample, grad_history, grad_latest):
 
 
 def _attention_setup(ctx, inputs, output):
-    *tensors, ctx.joint, ctx.scale, factor = inputs
-    ctx.save_for_backward(*tensors, factor)
+    *tensors, ctx.joint, ctx.scale, order, factor = inputs
+    ctx.save_for_backward(*tensors, order, factor)
 
 
 def _attention_backward(ctx, grad):
-    *tensors, factor = ctx.saved_tensors
-    grads = torch.ops.instantas.regional_attention_backward(grad, *tensors, ctx.joint, ctx.scale, factor)
-    return *grads, *[None] * 5
+    *tensors, order, factor = ctx.saved_tensors
+    grads = torch.ops.instantas.regional_attention_backward(grad, *tensors, ctx.joint, ctx.scale, order, factor)
+    return *grads, *[None] * 6
 
 
 def _attention_second_backward(ctx, *grads):
     """Through the reference, whose every step torch can differentiate, as often as asked for."""
-    *tensors, prompt_ids, weights, factor = ctx.saved_tensors
+    *tensors, prompt_ids, weights, _, factor = ctx.saved_tensors
     mode, scale = "joint" if ctx.joint else "blend", _scaled(ctx.scale, factor)
 
     def first(*tensors):
         return reference.regional_attention_backward(*tensors, prompt_ids, weights, mode=mode, scale=scale)
 
-    return *torch.func.vjp(first, *tensors)[1](grads), *[None] * 5
+    return *torch.func.vjp(first, *tensors)[1](grads), *[None] * 6
 
 
 for _name, _backward, _setup in (

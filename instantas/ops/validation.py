@@ -76,6 +76,27 @@ def check_prompt_ids(prompt_ids: torch.Tensor, prompts: int) -> None:
             raise ValueError(f"prompt_ids: expected -1 to {prompts - 1}, got {low} to {high}")
 
 
+_sound_orders = WeakTensorKeyDictionary()  # order -> its version with which it was found right
+
+
+def check_order(order: torch.Tensor | None, query: torch.Tensor) -> None:
+    """Whether it numbers each image's queries; the numbers are read on the CPU alone, where nothing waits for it."""
+    if order is None:
+        return
+    shape, integers = query.shape[:2], (torch.int32, torch.int64)
+    check_tensor("order", order, "(B, N)", shape, dtypes=integers, device=query.device)
+    if order.device.type != "cpu" or not order.numel() or tracing(order):
+        return
+    version = math.nan if order.is_inference() else order._version
+    if _sound_orders.get(order) != version:
+        low, high = (int(v) for v in order.aminmax())
+        if low < 0 or high >= shape[1]:
+            raise ValueError(f"order: expected 0 to {shape[1] - 1}, got {low} to {high}")
+        if not torch.zeros(shape, dtype=torch.bool).scatter_(1, order.long(), True).all():
+            raise ValueError("order: expected each query's number once, got some more often and some never")
+        _sound_orders[order] = version
+
+
 def finite(name: str, value: Any) -> float:
     if isinstance(value, torch.Tensor):
         check_constant(name, value)

@@ -97,6 +97,7 @@ class RegionalAttnProcessor:
             attended.layout.weights_at(attended.grid),
             mode=attended.mode,
             scale=attn.scale,
+            order=attended.layout.orders.get(attended.grid),
         )
 
 

@@ -6,10 +6,15 @@ from typing import NamedTuple
 
 import torch
 
+from instantas import ops
+from instantas.ops import backend
 from instantas.regions import RegionMap
 from instantas.regions.masks import average
 from instantas.regions.prompts import PromptBank
 from instantas.windows import WindowPlan
+
+TILE = 64  # queries of a feature map that attention takes at once: so few have no order
+KEPT = 64  # layouts at most
 
 
 class Place(NamedTuple):
@@ -45,10 +50,12 @@ class Layout(NamedTuple):
     Attributes:
         ids: (B, S) int32, rows of the bank; -1: none.
         weights: (h, w) -> (B, S, h w) float32 for the sizes of the feature maps, the batch's own first.
+        orders: (h, w) -> (B, h w) int32 (`ops.region_order`), for sizes at which attention gains by one.
     """
 
     ids: torch.Tensor
     weights: dict[tuple[int, int], torch.Tensor]
+    orders: dict[tuple[int, int], torch.Tensor]
 
     def weights_at(self, grid: tuple[int, int]) -> torch.Tensor:
         """(B, S, h w): the weight of each prompt in `ids` at the queries of a feature map."""
@@ -67,7 +74,7 @@ class PromptWeights:
 
     def __init__(self, regions: RegionMap, bank: PromptBank, joint: bool = False):
         self.regions, self.bank, self.joint = regions, bank, joint
-        self._layout: Layout | None = None
+        self._layouts: dict[tuple, Layout] = {}  # of the batches of a step, and of the steps that are like it
         self._laid_out: tuple | None = None
         self._placed: dict[tuple, tuple] = {}
 
@@ -94,12 +101,16 @@ class PromptWeights:
                 f"ones first, got {elements} of {(h, w)}"
             )
         weights = self.regions.weights(place.progress)
-        where = self.bank.version, place.plan, place.rows.tolist(), place.view, weights, branches, device
+        if place.captured:
+            return self._made(place, (h, w), branches, device, base)
+        where = self.bank.version, place.plan, place.view, weights, branches, device
         laid_out = *where, base, torch.is_inference_mode_enabled()  # whose tensors are of no use outside of it
-        if self._layout is None or self._laid_out != laid_out or place.captured:
-            self._layout = self._made(place, (h, w), branches, device, base)
-            self._laid_out = None if place.captured else laid_out
-        return self._layout
+        if self._laid_out != laid_out or len(self._layouts) == KEPT:
+            self._laid_out, self._layouts = laid_out, {}
+        rows = tuple(place.rows.flatten().tolist())
+        if rows not in self._layouts:
+            self._layouts[rows] = self._made(place, (h, w), branches, device, base)
+        return self._layouts[rows]
 
     def _made(self, place, grid, branches, device, base):
         ids, slots, lists = self._attended(place.rows, branches, device, base)
@@ -110,7 +121,11 @@ class PromptWeights:
             levels[grid] = weights.flatten(2)
             weights = average(weights, 2)
             grid = tuple(weights.shape[-2:])
-        return Layout(ids, levels)
+        orders = {}
+        if ids.shape[1] > 1 and backend.ordered(device):
+            large = {grid: level for grid, level in levels.items() if level.shape[2] > TILE}
+            orders = {grid: ops.region_order(ids, level) for grid, level in large.items()}
+        return Layout(ids, levels, orders)
 
     def _attended(self, rows, branches, device, base):
         """On the device: the ids, the slots of the regions in them as one-hot rows, the list of each row's picture."""

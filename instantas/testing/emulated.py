@@ -51,6 +51,12 @@ def order(seed: int) -> Iterator[None]:
         torch.ops.instantas_emulation.set_order(0)
 
 
+def attention_rows(depth: int) -> int:
+    """Queries of a block of the attention kernel, in half precision and for a head size."""
+    _load()
+    return torch.ops.instantas_emulation.attention_rows(depth)
+
+
 @functools.cache
 def _load():
     sources = {

@@ -41,15 +41,15 @@ def calls():
     def step(cond, uncond, sample):
         return ops.guided_step(cond, uncond, sample, PLAN, [0.9, -0.4, 0.3], 7.5, history=sample[None])
 
-    def attention(mode):
-        return lambda *a: ops.regional_attention(*a, mode=mode)
+    def attention(mode, order=None):
+        return lambda *a: ops.regional_attention(*a, mode=mode, order=order)
 
     bank = [*attention_inputs(1, 37, 1, 40, 3, 90, 4), region_weights(1, 4, 37)]
     yield "gather", lambda x: ops.gather_windows(x, PLAN), [canvas]
     yield "scatter", lambda m: ops.scatter_windows(m, PLAN, positive(*PLAN.window)), [cond]
     yield "step", step, [cond, uncond, canvas]
     yield "blend", attention("blend"), bank
-    yield "joint", attention("joint"), bank
+    yield "joint, ordered", attention("joint", ops.region_order(*bank[3:])), bank
 
 
 @pytest.mark.skipif(not oracle.EMULATED, reason="the emulation needs a compiler and no GPU")

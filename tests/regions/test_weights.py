@@ -1,12 +1,19 @@
 """Prompts of different lengths in one bank: exact in both modes, also where they mix."""
 
+import contextlib
+import dataclasses
+from unittest import mock
+
 import pytest
 import torch
 
 from instantas import ops
-from instantas.regions import Region, RegionMap
+from instantas.ops.backend import BACKENDS
+from instantas.pipelines.pipeline import InstantASPipeline
+from instantas.regions import Region, RegionMap, weights
 from instantas.regions.prompts import PromptBank
 from instantas.regions.weights import Place, PromptWeights
+from instantas.testing import recorded, tiny
 
 SOFT = torch.rand(64, 64, generator=torch.Generator().manual_seed(0))
 
@@ -50,3 +57,44 @@ def test_repeated_prompts_are_not_taken_for_long_ones():
     bank.update(half[None])
     assert len(bank.embeddings) == 2 and bank.repeats == [2, 1]
     assert torch.equal(bank.embeddings[0], bank.embeddings[1])
+
+
+# The order of the queries
+
+
+def spying(orders):
+    """A backend that gains by an order, and keeps what order it was given beside the one that would be right."""
+    right = BACKENDS["cpp" if ops.backends()["cpp"] == "available" else "reference"]
+
+    def attention(query, key, value, ids, weights, joint, scale, order=None):
+        orders.append((order if order is None else order.clone(), ops.region_order(ids, weights)))
+        return right.functions()["regional_attention"](query, key, value, ids, weights, joint, scale, order)
+
+    functions = {**right.functions(), "regional_attention": attention}
+    return dataclasses.replace(right, functions=lambda: functions, ordered=True)
+
+
+@pytest.mark.parametrize("bridging", ["none", "shift"])
+@pytest.mark.parametrize("graph", [False, True])
+def test_every_layer_visits_queries_in_the_order_of_the_present_windows(bridging, graph):
+    pipe = InstantASPipeline.from_pipe(tiny.tiny_pipeline())
+    regions = [Region("grass", box=(0.0, 0.0, 0.4, 1.0), feather=16), Region("stone", box=(0.4, 0.2, 1.0, 0.7))]
+
+    def paint():
+        settings = dict(height=200, width=332, regions=regions, bridging=bridging, num_inference_steps=6)
+        generator = torch.Generator().manual_seed(0)
+        return pipe("wall", **settings, output_type="latent", generator=generator, cuda_graph=graph).images
+
+    orders: list[tuple] = []
+    with contextlib.ExitStack() as stack:
+        made = stack.enter_context(recorded.recording()) if graph else None
+        plain = paint()
+        made_orders = stack.enter_context(mock.patch.object(weights.ops, "region_order", wraps=ops.region_order))
+        stack.enter_context(ops.use_backend(spying(orders)))
+        got = paint()
+    assert torch.equal(got, plain) and (made or not graph)
+    given = [(order, right) for order, right in orders if right.shape[1] > weights.TILE]
+    assert given and all(torch.equal(order, right) for order, right in given)
+    assert all(order is None for order, right in orders if right.shape[1] <= weights.TILE)
+    if not graph:  # once for each batch of windows, of one resolution, that differs from those before
+        assert made_orders.call_count - len(orders) == {"none": 2, "shift": 2 * 6}[bridging]

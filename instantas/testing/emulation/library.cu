@@ -1,10 +1,16 @@
 // The device's operations for tensors on the CPU.
+#include "attention.cuh"
 #include "device.cuh"
 #include "host.h"
 
 namespace {
 
 void set_order(int64_t seed) { instantas::emulation::seed = static_cast<unsigned>(seed); }
+
+// Queries of a block of the attention kernel in half precision.
+int64_t attention_rows(int64_t depth) {
+  return depth <= 64 ? instantas::MmaShape<64>::ROWS : instantas::MmaShape<256>::ROWS;
+}
 
 }  // namespace
 
@@ -18,8 +24,10 @@ STABLE_TORCH_LIBRARY_IMPL(instantas_cuda, CPU, library) {
 
 STABLE_TORCH_LIBRARY(instantas_emulation, library) {
   library.def("set_order(int seed) -> ()");
+  library.def("attention_rows(int depth) -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(instantas_emulation, CompositeExplicitAutograd, library) {
   library.impl("set_order", TORCH_BOX(&set_order));
+  library.impl("attention_rows", TORCH_BOX(&attention_rows));
 }
