@@ -178,9 +178,9 @@ class Windowed:
             step, steps: how far the run is, 0 <= step < steps. `step_of` finds it from a noise level.
             stream: names the condition whose predictions these are, where the host asks for several one by one, for
                 example "cond" and "uncond": each re-uses its own. None: there is one.
-            carry: function of `mark` that gives (p, q), numbers or tensors of one value: p x + q prediction is what stays
-                the same from one noise level to the next. None: for a network that predicts noise. `keep_eps`: for one
-                that predicts x_0 of x = x_0 + sigma eps. ``lambda level: level.carry``: for a `noise.Level` as mark.
+            carry: function of `mark` that gives (p, q), numbers or tensors of one value: p x + q prediction is what
+                stays the same from one noise level to the next. None: for a network that predicts noise. `keep_eps`:
+                for one that predicts x_0 of x = x_0 + sigma eps. ``lambda level: level.carry``: for a `noise.Level`.
             mark: of this call, for `carry`; a `noise.Level` for bridges that adjust predictions.
 
         Returns:
