@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 
+from instantas import ops
 from instantas.checks import integer, real
 from instantas.regions.masks import average, box_mask, feather, fit_mask, read_mask
-from instantas.windows import WindowPlan, cut
+from instantas.windows import WindowPlan
 
 MAX_PROMPTS = 64  # for one picture: the base prompt and 63 regions
 _NOTHING = 1e-6  # what rounding leaves of the base prompt's share where regions cover a cell
@@ -302,7 +303,11 @@ class RegionMap:
             raise ValueError(
                 f"plan: expected {shares.shape[-2]} x {shares.shape[-1]} cells, got {plan.height} x {plan.width}"
             )
-        return cut(shares, pictures, origins, plan.window)
+        # one pass for all windows of all lists, few as those are
+        windows = ops.gather_windows(shares, plan.with_tables(plan.tables(origins.device)._replace(origins=origins)))
+        return (
+            windows[0] if len(windows) == 1 else windows[pictures, torch.arange(len(pictures), device=pictures.device)]
+        )
 
     def guidance(self, guidance_scale: float) -> float | torch.Tensor:
         """The guidance scale of each cell, (rows, columns) float32; the given one if no region has its own.

@@ -8,6 +8,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -15,7 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from instantas import ops, testing
 from instantas.bench import cases
 from instantas.ops import cpu
-from instantas.sampling.bridging import evaluations
+from instantas.regions import Region, RegionMap
+from instantas.regions.prompts import PromptBank
+from instantas.regions.weights import Place, PromptWeights
+from instantas.sampling.bridging import Stage, bridge, evaluations
 from instantas.sampling.sampler import sample
 from instantas.testing.tiny import scheduler
 from instantas.windows import WindowPlan
@@ -128,6 +132,49 @@ def test_operations_of_a_step_grow_with_the_batches_alone(side, batches):
     alone = 6  # gathering, the step, its empty history, and the list of windows
     joined = 2 + 2 * batches  # predictions with and without the prompt, each copied to its place once
     assert calls.total() <= alone + (joined if batches else 0)
+
+
+class Half:
+    """A bridge of one's own: the windows of one half at every other step."""
+
+    def step(self, step, steps, plan):
+        return Stage(plan.subset(plan.origins[:, 1] < plan.width // 2) if step % 2 else plan)
+
+
+@pytest.mark.parametrize("kind, more", [("DDIM", {}), ("EulerDiscrete", {"aten::mul": 1})])
+@pytest.mark.parametrize("bridging", [None, "default", "economy", "centred", Half()], ids=str)
+def test_a_step_of_any_bridge_is_one_gather_and_one_step(bridging, kind, more):
+    """And no other operation on a canvas: Euler's scale multiplies windows; the empty tensor is the absent history."""
+    plan, counts = WindowPlan.minimum_coverage(40, 40, 16), [Counter()]
+    noise = torch.randn(1, 4, 40, 40, generator=torch.Generator().manual_seed(0))
+    options = dict(num_inference_steps=12, guidance_scale=7.5, window_batch_size=9, bridging=bridging)
+    with torch.no_grad(), Calls() as calls:
+        options["callback"] = lambda i, t, latents: counts.append(calls.counts.copy())
+        chosen = scheduler(kind=getattr(diffusers, f"{kind}Scheduler"))
+        sample(lambda windows, t, context: (windows.detach(), windows.detach()), noise, plan, chosen, **options)
+    step = {"instantas::gather_windows": 1, "instantas::guided_step": 1, "aten::new_empty": 1} | more
+    idle = {"instantas::guided_step": 1, "aten::new_empty": 2}
+    found = [dict(after - before) for before, after in zip(counts[1:], counts[2:])]
+    assert [each for each in found if each not in (step, idle)] == []
+    assert found.count(idle) == (12 - int(0.65 * 12) if bridging == "economy" else 0)
+
+
+def test_weights_of_windows_that_moved_are_one_gather():
+    regions = RegionMap([Region(box=(0.0, 0.0, 0.5, 1.0), embeds=torch.ones(4, 16))], 320, 320)
+    bank, plan = PromptBank(regions.lists), WindowPlan.minimum_coverage(40, 40, 16)
+    bank.update(torch.ones(2, 4, 16))
+    weights, counts, device, places = PromptWeights(regions, bank), [], torch.device("cpu"), []
+    for step in (2, 3, 4):
+        moved = bridge("default").step(step, 12, plan).plan
+        rows = torch.cartesian_prod(torch.arange(1), torch.arange(moved.count))
+        places.append(Place(moved, rows, moved.tables(device).origins, step / 12))
+    with Calls() as calls:
+        for place in places:
+            weights.layout(place, (2 * len(place.rows), 4, 16, 16), device, (1, 2))
+            counts.append(calls.counts.copy())
+    step = counts[-1] - counts[-2]
+    assert step["instantas::gather_windows"] == 1 and step["aten::index"] == 0
+    assert step.total() - step["aten::avg_pool2d"] <= 7
 
 
 @pytest.mark.parametrize("bridging", ["default", "economy", "centred"])
