@@ -119,13 +119,14 @@ def graphs(backends: Sequence[str], device: torch.device) -> Iterator[Check]:
     windows, canvas = normal(1, plan.count, 3, *plan.window), normal(1, 3, plan.height, plan.width)
     query, key, value, ids = (t.to(device) for t in attention_inputs(1, 40, 2, 16, 3, 20, 3))
     weights = region_weights(1, 3, 40).to(device)
+    order = ops.region_order(ids, weights)
     numbers = torch.tensor([0.9, -0.4], dtype=torch.float64, device=device)
     windows, canvas, query, key, value = (t.to(device, torch.float16) for t in (windows, canvas, query, key, value))
     calls = {
         "gather": (lambda x: ops.gather_windows(x, plan), canvas),
         "scatter": (lambda x: ops.scatter_windows(x, plan), windows),
         "guided step": (lambda x: ops.guided_step(x, -x, canvas, plan, numbers, 7.5, keep=numbers)[0], windows),
-        "attention": (lambda x: ops.regional_attention(x, key, value, ids, weights), query),
+        "attention": (lambda x: ops.regional_attention(x, key, value, ids, weights, order=order), query),
     }
     for backend in backends:
         for name, (call, x) in calls.items():

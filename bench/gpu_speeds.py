@@ -96,7 +96,9 @@ def _hard_regions(windows, device, sizes, field):
     calls, exact = {}, {}
     for regions in HARD:
         ids, weights = cases.stripes(regions, windows, queries, False, device)
-        calls[f"R = {regions}"] = lambda q, k, v, i=ids, w=weights: ops.regional_attention(q, k, v, i, w)
+        order = ops.region_order(ids, weights)
+        given = dict(prompt_ids=ids, weights=weights, order=order)
+        calls[f"R = {regions}"] = lambda q, k, v, given=given: ops.regional_attention(q, k, v, **given)
         exact[f"R = {regions}"] = cases.exact_attention(ids, weights)
     size = torch.bfloat16.itemsize * heads * depth
     return field.compare(

@@ -77,6 +77,11 @@ def shows(fault: str, case: tuple[int, ...]) -> bool:
     return tokens > 1 and {"a missing scale": size > 1, "a row shifted": queries > 1}.get(fault, True)
 
 
+def attended(query, key, value, ids, weights) -> bool:
+    """Whether any query of an example attends to anything: results that are all zero show no fault."""
+    return bool((weights * (ids >= 0)[..., None]).any())
+
+
 def planted(fault: str | None, operation: str = OPERATIONS[0]) -> Backend:
     """A stand-in backend: the reference, with a fault in one of `OPERATIONS`; None: without any."""
     functions = {name: of(fault if name == operation else None) for name, of in _OPERATIONS.items()}
