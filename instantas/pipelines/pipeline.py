@@ -358,7 +358,8 @@ class InstantASPipeline(HeldPipeline):
         pipe = self.pipe
         if output_type == "latent":
             return latents, None
-        images, flagged = decode(pipe.vae, latents, wrap, generator)[:, :, : size[0], : size[1]], None
+        images, flagged = decode(pipe.vae, latents, wrap=wrap, generator=generator), None
+        images = images[:, :, : size[0], : size[1]]
         if getattr(pipe, "safety_checker", None) is not None:
             images, flagged = pipe.run_safety_checker(images, images.device, images.dtype)
         if getattr(pipe, "watermark", None) is not None:
