@@ -105,26 +105,29 @@ class Parts(NamedTuple):
 
 def _decoding(vae, plain) -> Parts | None:
     """None where the layers are not known."""
-    decoder = getattr(vae, "decoder", None)
-    decoder = getattr(decoder, "_orig_mod", decoder)
+    decoder = _uncompiled(vae, "decoder")
     if isinstance(vae, AutoencoderTiny):
         return Parts([], [plain], [], [decoder], 1)
-    known = isinstance(decoder, (Decoder, MaskConditionDecoder)) and not isinstance(decoder.conv_norm_out, SpatialNorm)
-    if not known or not all(isinstance(block, UpDecoderBlock2D) for block in decoder.up_blocks):
+    known = _callable_by_layers(decoder, Decoder, MaskConditionDecoder)
+    if not known or isinstance(decoder.conv_norm_out, SpatialNorm):
+        return None
+    if not all(isinstance(block, UpDecoderBlock2D) for block in decoder.up_blocks):
         return None
     first, *blocks = decoder.up_blocks
-    before = [vae.post_quant_conv, decoder.conv_in, decoder.mid_block, *_without_time(first.resnets)]
+    resnets = (functools.partial(resnet, temb=None) for resnet in first.resnets)
+    before = [vae.post_quant_conv, decoder.conv_in, decoder.mid_block, *resnets]
     tiled = [*(first.upsamplers or []), *blocks, decoder.conv_norm_out, decoder.conv_act, decoder.conv_out]
     return Parts([layer for layer in before if layer is not None], tiled, [], tiled, 1)
 
 
 def _encoding(vae) -> Parts | None:
-    encoder = getattr(vae, "encoder", None)
-    encoder = getattr(encoder, "_orig_mod", encoder)
+    encoder = _uncompiled(vae, "encoder")
     if isinstance(vae, AutoencoderTiny):
         unit = round(reach([encoder])[1])
         return Parts([], [functools.partial(_encoded, vae)], [], [encoder], unit)
-    if not isinstance(encoder, Encoder) or not all(isinstance(b, DownEncoderBlock2D) for b in encoder.down_blocks):
+    if not _callable_by_layers(encoder, Encoder):
+        return None
+    if not all(isinstance(block, DownEncoderBlock2D) for block in encoder.down_blocks):
         return None
     *blocks, last = encoder.down_blocks
     tiled = [encoder.conv_in, *blocks]
@@ -133,8 +136,14 @@ def _encoding(vae) -> Parts | None:
     return Parts([], tiled, after, tiled, round(reach(tiled)[1]))
 
 
-def _without_time(resnets) -> list[Layer]:
-    return [functools.partial(resnet, temb=None) for resnet in resnets]
+def _uncompiled(vae, part) -> Any:
+    module = getattr(vae, part, None)
+    return getattr(module, "_orig_mod", module)
+
+
+def _callable_by_layers(module, *kinds) -> bool:
+    """Not so where a hook of the whole module's brings its layers' weights (diffusers' group offloading)."""
+    return isinstance(module, kinds) and not hasattr(module, "_diffusers_hook")
 
 
 @apply_forward_hook
@@ -172,7 +181,7 @@ def _sides(vae, cells, known, tiles, halo) -> tuple[int, int] | None:
     sides = pair("tiles", tiles, positive)
     if not known:
         raise ValueError(f"tiles: expected 'auto' or 'whole' for an {type(vae).__name__} of such layers, got {tiles!r}")
-    return sides
+    return None if sides[0] >= cells[0] and sides[1] >= cells[1] else sides
 
 
 def _through(layers, x):

@@ -50,9 +50,9 @@ def reach(modules: Iterable[nn.Module]) -> tuple[int, float]:
         if isinstance(module, (Upsample2D, nn.Upsample)):
             step /= 2
         elif isinstance(module, nn.Conv2d):
-            size, padding = module.kernel_size[0], module.padding[0]
+            size, padding, stride = (int(of[0]) for of in (module.kernel_size, module.padding, module.stride))
             pixels += step * max(padding, size - 1 - padding)
-            step *= module.stride[0]
+            step *= stride
     return math.ceil(pixels), step
 
 
@@ -94,16 +94,16 @@ def in_tiles(
             layers(sample)
         del sample
 
-    whole = None
+    whole = torch.empty(0)
     for row, column in tiles:
         with statistics.used():
             tile = layers(of(row, column))
         scale = tile.shape[-1] // (column.last - column.first)
-        if whole is None:
+        if not len(whole):
             whole = tile.new_empty(1, tile.shape[1], height * scale, width * scale)
-        inner = (slice(scale * (s.start - s.first), scale * (s.stop - s.first)) for s in (row, column))
-        outer = (slice(scale * s.start, scale * s.stop) for s in (row, column))
-        whole[(..., *outer)] = tile[(..., *inner)]
+        for dim, span in ((2, row), (3, column)):
+            tile = tile.narrow(dim, scale * (span.start - span.first), scale * (span.stop - span.start))
+        whole[:, :, scale * row.start : scale * row.stop, scale * column.start : scale * column.stop] = tile
     return whole
 
 
@@ -130,11 +130,11 @@ class Statistics:
 
     Each norm changes what later ones see, so statistics that are taken from the pass before swing ever farther off. A
     small sample of the picture, evaluated at once, follows such changes itself: its statistics are the first guess; the
-    tiles, evaluated with them, say by how much the whole picture's differ in each norm; the sample, evaluated with those
-    differences, gives statistics that are off by the square of the first error.
+    tiles, evaluated with them, say by how much the whole picture's differ in each norm; the sample, evaluated with
+    those differences, gives statistics that are off by the square of the first error.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         # of each norm, (mean, deviation) of its groups: what is taken for the whole picture's, and the sample's own
         self._known: list[Moments] = []
         self._sample: list[Moments] = []

@@ -4,6 +4,7 @@ import diffusers
 import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
+from diffusers.hooks import HookRegistry
 from torch import nn
 
 from instantas import demo
@@ -246,9 +247,13 @@ def test_an_offloaded_autoencoder_is_fetched_before_its_layers_run():
     assert vae._hf_hook.fetched
 
 
+@pytest.mark.parametrize("attention", [True, False], ids=["attention", "hook"])
 @torch.no_grad()
-def test_layers_that_are_not_known_run_whole(monkeypatch):
-    vae, given = of_layers(attention=True), latents(10, 10)  # tiles would have to see each other
+def test_layers_that_are_not_known_run_whole(attention, monkeypatch):
+    vae, given = of_layers(attention=attention), latents(10, 10)
+    if not attention:  # weights come when all of the decoder or encoder is called
+        HookRegistry.check_if_exists_or_initialize(vae.decoder)
+        HookRegistry.check_if_exists_or_initialize(vae.encoder)
     monkeypatch.setattr(codec, "TILE", 8)
     whole = at_once(vae, given)
     assert torch.equal(decode(vae, given), whole)
