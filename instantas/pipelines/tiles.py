@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 BLOCK = 8  # cells: side of the blocks that a sample is made of
 SAMPLE = 64, 128  # cells: least and greatest side of the sample whose statistics are the first guess
-ROUNDS, NEAR = 3, 0.1  # passes over the tiles for statistics: another one while they were off by more, at most so many
+ROUNDS, NEAR = 3, 0.15  # at most so many passes for statistics: another one where the last found them off by more
 
 
 Moments = tuple[torch.Tensor, torch.Tensor]
