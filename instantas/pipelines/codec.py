@@ -1,97 +1,222 @@
-"""Latents to pictures: the autoencoder's decoder on canvases of any size, in tiles where they are large."""
+"""Latents to pictures and back: the autoencoder on canvases of any size, in tiles that leave no trace."""
 
 from __future__ import annotations
 
 import contextlib
-from typing import Any
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
+from diffusers import AutoencoderTiny
+from diffusers.models.attention_processor import SpatialNorm
+from diffusers.models.autoencoders.vae import Decoder, DiagonalGaussianDistribution, Encoder, MaskConditionDecoder
+from diffusers.models.unets.unet_2d_blocks import DownEncoderBlock2D, UpDecoderBlock2D
+from diffusers.utils.accelerate_utils import apply_forward_hook
+from torch import nn
 
-from instantas import ops
-from instantas.windows import WindowPlan
+from instantas.checks import flag, pair, positive
+from instantas.pipelines.tiles import Circle, in_tiles, reach, spans
 
 TILE = 128  # cells: 1024 px, what SDXL's decoder is made for
-HALO = 8  # cells from a tile's border to where it counts: a decoder without attention or norms sees no further
-RAMP = 16  # cells over which one tile gives way to the next: what group norms make of each fades unseen
+SAMPLE_MODES = "sample", "argmax"
+
+Layer = Callable[[torch.Tensor], torch.Tensor]
 
 
 def decode(
     vae: Any,
     latents: torch.Tensor,
+    *,
     wrap: tuple[bool, bool] = (False, False),
+    tiles: str | int | tuple[int, int] = "auto",
     generator: torch.Generator | list[torch.Generator] | None = None,
 ) -> torch.Tensor:
     """(B, C, H, W) latents as the diffusion model has them -> (B, 3, H cell, W cell) pictures in -1..1.
 
-    A canvas of at most TILE^2 cells is decoded at once. A larger one is decoded in tiles whose outer HALO cells do not
-    count and which are blended over RAMP cells, so that no border shows. An axis that wraps is continued round its
-    circle. A float16 autoencoder that says it overflows (`force_upcast`) runs in float32.
+    In tiles, all layers of the latent's own resolution, the middle block with its attention among them, see the whole
+    latent; the others run on one tile after the other, with the whole picture's statistics in their group norms. Only
+    Stable Diffusion's autoencoders (AutoencoderKL, AsymmetricAutoencoderKL, with attention in the middle alone) and
+    AutoencoderTiny can be taken apart so: others are decoded whole. The autoencoder itself is not changed; one in
+    float16 that says it overflows (`force_upcast`) runs in float32.
 
     Args:
-        vae: a diffusers autoencoder (AutoencoderKL, AutoencoderTiny).
-        wrap: (vertical, horizontal).
+        vae: a diffusers autoencoder.
+        wrap: (vertical, horizontal): such an axis is a circle, and a picture turns with its latents.
+        tiles: "auto": whole up to TILE^2 cells, else in tiles of that size; "whole"; or (vertical, horizontal) cells of
+            a tile, without the halo around it.
         generator: for decoders that draw noise; a list has one for each picture.
+
+    Raises:
+        TypeError, ValueError: for other `tiles`, and for tiles of an autoencoder that cannot be taken apart.
     """
     generators = generator if isinstance(generator, list) else [generator] * len(latents)
     with _precise(vae):
         latents = _unscaled(vae, latents).to(vae.dtype)
-        height, width = latents.shape[-2:]
-        tiled = height * width > TILE * TILE
-        # round a circle that tiles do not go round, the latents are continued
-        rims = [HALO if wraps and not (tiled and n > TILE) else 0 for wraps, n in zip(wrap, (height, width))]
-        rows, columns = (torch.arange(-r, n + r, device=latents.device) % n for r, n in zip(rims, (height, width)))
-        latents = latents[:, :, rows[:, None], columns] if any(rims) else latents
-        wrap = wrap[0] and not rims[0], wrap[1] and not rims[1]
-        images = torch.cat(
-            [
-                _in_tiles(vae, picture, wrap, source) if tiled else _decoded(vae, picture, source)
-                for picture, source in zip(latents.split(1), generators)
-            ]
-        )
-        cell = images.shape[-1] // len(columns)
-        (y, x), (h, w) = (rim * cell for rim in rims), (height * cell, width * cell)
-        return images[:, :, y : y + h, x : x + w]
+        pictures = []
+        for picture, source in zip(latents.split(1), generators):
+            plain = functools.partial(_decoded, vae, generator=source)
+            pictures.append(_evaluated(vae, picture, plain, _decoding(vae, plain), wrap, tiles))
+        return torch.cat(pictures)
 
 
-def _in_tiles(vae, latents, wrap, generator):
-    plan = WindowPlan.strided(*latents.shape[-2:], TILE, TILE - 2 * HALO - RAMP, wrap=wrap)
-    tiles = [_decoded(vae, tile, generator) for tile in ops.gather_windows(latents, plan)[0].split(1)]
-    cell = tiles[0].shape[-1] // plan.window[1]
-    h, w = (side * cell for side in plan.window)
-    pixels = WindowPlan(plan.height * cell, plan.width * cell, (h, w), plan.origins * cell, wrap)
-    weight = torch.from_numpy(_tile_weights(plan, cell)).to(latents.device)
-    return ops.scatter_windows(torch.cat(tiles)[None], pixels, weight)
+def encode(
+    vae: Any,
+    pictures: torch.Tensor,
+    *,
+    wrap: tuple[bool, bool] = (False, False),
+    tiles: str | int | tuple[int, int] = "auto",
+    generator: torch.Generator | list[torch.Generator] | None = None,
+    sample_mode: str = "sample",
+) -> torch.Tensor:
+    """(B, 3, H cell, W cell) pictures in -1..1 -> (B, C, H, W) latents as the diffusion model has them.
+
+    As `decode`, the other way round: tiles first, then the layers of the latent's own resolution on all of it.
+
+    Args:
+        generator: for what is drawn from the autoencoder's distribution; a list has one for each picture.
+        sample_mode: "sample": drawn from that distribution; "argmax": its most likely latents. Where the autoencoder
+            gives latents and no distribution, they are what is returned.
+
+    Raises:
+        TypeError, ValueError: as `decode`, and for pictures that are not whole cells.
+    """
+    if sample_mode not in SAMPLE_MODES:
+        raise ValueError(f"sample_mode: expected one of {', '.join(SAMPLE_MODES)}, got {sample_mode!r}")
+    with _precise(vae):
+        parts = _encoding(vae)
+        plain = functools.partial(_encoded, vae)
+        found = [_evaluated(vae, picture, plain, parts, wrap, tiles) for picture in pictures.to(vae.dtype).split(1)]
+        if not isinstance(found[0], DiagonalGaussianDistribution):
+            return _scaled(vae, torch.cat(found))
+        distribution = DiagonalGaussianDistribution(torch.cat([each.parameters for each in found]))
+        return _scaled(vae, distribution.mode() if sample_mode == "argmax" else distribution.sample(generator))
 
 
-def _tile_weights(plan: WindowPlan, cell: int) -> np.ndarray:
-    """(n, h cell, w cell) float32: 1 inside a tile, falling to 0 at HALO cells from the borders inside the canvas."""
-    axes = []
-    for axis, length in enumerate((plan.height, plan.width)):
-        window, origins = plan.window[axis], plan.origins[:, axis]
-        centre = (np.arange(window * cell) + 0.5) / cell
-        sides = []
-        for distance, edge in ((centre, 0), (window - centre, length - window)):
-            outer = (origins == edge) & (not plan.wrap[axis])  # the canvas's own edge: no other tile is there
-            ramp = ((distance - HALO) / RAMP).clip(0, 1)
-            sides.append(np.where(outer[:, None], 1.0, ramp))
-        axes.append(np.minimum(*sides))
-    return (axes[0][:, :, None] * axes[1][:, None, :]).astype(np.float32)
+class Parts(NamedTuple):
+    """An autoencoder's way in one direction: layers on the whole latent, layers in tiles, layers on the whole again."""
+
+    before: Sequence[Layer]
+    tiled: Sequence[Layer]
+    after: Sequence[Layer]
+    modules: Sequence[nn.Module]  # what those in tiles consist of
+    unit: int  # pixels of a cell in what tiles are cut from
+
+
+def _decoding(vae, plain) -> Parts | None:
+    """None where the layers are not known."""
+    decoder = _uncompiled(vae, "decoder")
+    if isinstance(vae, AutoencoderTiny):
+        return Parts([], [plain], [], [decoder], 1)
+    known = _callable_by_layers(decoder, Decoder, MaskConditionDecoder)
+    if not known or isinstance(decoder.conv_norm_out, SpatialNorm):
+        return None
+    if not all(isinstance(block, UpDecoderBlock2D) for block in decoder.up_blocks):
+        return None
+    first, *blocks = decoder.up_blocks
+    resnets = (functools.partial(resnet, temb=None) for resnet in first.resnets)
+    before = [vae.post_quant_conv, decoder.conv_in, decoder.mid_block, *resnets]
+    tiled = [*(first.upsamplers or []), *blocks, decoder.conv_norm_out, decoder.conv_act, decoder.conv_out]
+    return Parts([layer for layer in before if layer is not None], tiled, [], tiled, 1)
+
+
+def _encoding(vae) -> Parts | None:
+    encoder = _uncompiled(vae, "encoder")
+    if isinstance(vae, AutoencoderTiny):
+        unit = round(reach([encoder])[1])
+        return Parts([], [functools.partial(_encoded, vae)], [], [encoder], unit)
+    if not _callable_by_layers(encoder, Encoder):
+        return None
+    if not all(isinstance(block, DownEncoderBlock2D) for block in encoder.down_blocks):
+        return None
+    *blocks, last = encoder.down_blocks
+    tiled = [encoder.conv_in, *blocks]
+    after = [last, encoder.mid_block, encoder.conv_norm_out, encoder.conv_act, encoder.conv_out, vae.quant_conv]
+    after = [*(layer for layer in after if layer is not None), DiagonalGaussianDistribution]
+    return Parts([], tiled, after, tiled, round(reach(tiled)[1]))
+
+
+def _uncompiled(vae, part) -> Any:
+    module = getattr(vae, part, None)
+    return getattr(module, "_orig_mod", module)
+
+
+def _callable_by_layers(module, *kinds) -> bool:
+    """Not so where a hook of the whole module's brings its layers' weights (diffusers' group offloading)."""
+    return isinstance(module, kinds) and not hasattr(module, "_diffusers_hook")
+
+
+@apply_forward_hook
+def _evaluated(vae, given, plain, parts, wrap, tiles):
+    """(1, C, H, W) of one picture or latent, whole or in tiles. First of all an offloaded autoencoder is fetched."""
+    wrap = pair("wrap", wrap, flag)
+    unit = parts.unit if parts else 1
+    cells = [side // unit for side in given.shape[-2:]]
+    if any(side % unit for side in given.shape[-2:]):
+        raise ValueError(f"pictures: expected sides of whole cells, {unit} pixels each, got {tuple(given.shape[-2:])}")
+    modules = parts.modules if parts else ()
+    halo = -(-reach(modules)[0] // unit)
+    sides = _sides(vae, cells, parts is not None, tiles, halo)
+    circle = Circle(wrap) if any(wrap) else contextlib.nullcontext()
+    if sides is None:
+        with circle:
+            return plain(given)
+    with circle:
+        given = _through(parts.before, given)
+    rows, columns = (spans(*axis, halo, wraps) for *axis, wraps in zip(cells, sides, wrap))
+    norms = any(isinstance(module, nn.GroupNorm) for layer in modules for module in layer.modules())
+    tiled = in_tiles(functools.partial(_through, parts.tiled), given, rows, columns, unit, norms)
+    with circle:
+        return _through(parts.after, tiled)
+
+
+def _sides(vae, cells, known, tiles, halo) -> tuple[int, int] | None:
+    """(vertical, horizontal) cells of a tile; None: all at once."""
+    if isinstance(tiles, str):
+        if tiles not in ("auto", "whole"):
+            raise ValueError(f"tiles: expected 'auto', 'whole' or a number of cells, got {tiles!r}")
+        if tiles == "whole" or not known or cells[0] * cells[1] <= TILE * TILE:
+            return None
+        return tuple(length if length <= TILE else max(TILE - 2 * halo, 1) for length in cells)
+    sides = pair("tiles", tiles, positive)
+    if not known:
+        raise ValueError(f"tiles: expected 'auto' or 'whole' for an {type(vae).__name__} of such layers, got {tiles!r}")
+    return None if sides[0] >= cells[0] and sides[1] >= cells[1] else sides
+
+
+def _through(layers, x):
+    for layer in layers:
+        x = layer(x)
+    return x
 
 
 def _decoded(vae, latents, generator):
     return vae.decode(latents, return_dict=False, generator=generator)[0]
 
 
+def _encoded(vae, pictures):
+    """Latents, or their distribution."""
+    return vae.encode(pictures, return_dict=False)[0]
+
+
 def _unscaled(vae, latents):
     """Latents as the decoder takes them."""
-    config = vae.config
-    latents = latents / config.scaling_factor
-    mean, spread = (getattr(config, name, None) for name in ("latents_mean", "latents_std"))
+    mean, spread = _latent_moments(vae, latents)
+    return latents / vae.config.scaling_factor * spread + mean
+
+
+def _scaled(vae, latents):
+    """Latents as the diffusion model takes them."""
+    mean, spread = _latent_moments(vae, latents)
+    return (latents - mean) / spread * vae.config.scaling_factor
+
+
+def _latent_moments(vae, latents):
+    """(mean, spread) of each channel of the encoder's latents; 0 and 1 where the autoencoder does not say."""
+    mean, spread = (getattr(vae.config, name, None) for name in ("latents_mean", "latents_std"))
     if mean is None or spread is None:
-        return latents
-    mean, spread = (torch.tensor(v).view(1, -1, 1, 1).to(latents) for v in (mean, spread))
-    return latents * spread + mean
+        return 0.0, 1.0
+    return tuple(torch.tensor(values).view(1, -1, 1, 1).to(latents) for values in (mean, spread))
 
 
 @contextlib.contextmanager

@@ -293,17 +293,21 @@ class InstantASPipeline(HeldPipeline):
         wrap: tuple[bool, bool] = (False, False),
         output_type: str = "pil",
         generator: torch.Generator | list[torch.Generator] | None = None,
+        tiles: str | int | tuple[int, int] = "auto",
     ) -> Any:
         """Pictures of so many pixels, as from the call, of what it gives with `output_type="latent"`.
 
+        Args:
+            tiles: "auto", "whole" or cells (`codec.decode`): smaller ones need less memory.
+
         Raises:
-            ValueError: for latents of another size.
+            TypeError, ValueError: for latents of another size, and for other tiles.
         """
         height, width, wrap = self._size(height, width, wrap)
         rows, columns = self.canvas(height, width)
         if latents.shape[-2:] != (rows, columns):
             raise ValueError(f"latents: expected (pictures, C, {rows}, {columns}), got {tuple(latents.shape)}")
-        return self._decoded(latents, (height, width), wrap, output_type, generator)[0]
+        return self._decoded(latents, (height, width), wrap, output_type, generator, tiles)[0]
 
     def _regions(self, regions, size, wrap, base_weight, semantic_schedule):
         check_blend(base_weight, semantic_schedule)
@@ -353,12 +357,13 @@ class InstantASPipeline(HeldPipeline):
         embedding = self.pipe.get_guidance_scale_embedding(torch.tensor([scale - 1.0]), embedding_dim=wide)
         return embedding.to(noise).expand(len(noise), -1)
 
-    def _decoded(self, latents, size, wrap, output_type, generator):
+    def _decoded(self, latents, size, wrap, output_type, generator, tiles="auto"):
         """(pictures, whether each was found unsafe or None)"""
         pipe = self.pipe
         if output_type == "latent":
             return latents, None
-        images, flagged = decode(pipe.vae, latents, wrap, generator)[:, :, : size[0], : size[1]], None
+        images, flagged = decode(pipe.vae, latents, wrap=wrap, tiles=tiles, generator=generator), None
+        images = images[:, :, : size[0], : size[1]]
         if getattr(pipe, "safety_checker", None) is not None:
             images, flagged = pipe.run_safety_checker(images, images.device, images.dtype)
         if getattr(pipe, "watermark", None) is not None:
