@@ -27,11 +27,11 @@ MODES = "blend", "joint"
 
 
 def grid(backend: str | Backend, dtype: torch.dtype, seeds: int, fault: str | None = None) -> Iterator[Check]:
-    """(name, check) of each case, mode and seed, forward and backward; of the cases in which the fault shows."""
+    """(name, check) of each case, mode and seed, forward and backward; of those in which the fault shows."""
     for case, mode in itertools.product(oracle.ATTENTION, MODES):
         examples = oracle.attention_examples(case, mode, range(0, 10 * seeds, 10))
         for seed, example in enumerate(examples):
-            if fault is not None and not (faults.shows(fault, case) and faults.attended(*example[1])):
+            if fault is not None and not faults.shows(fault, *example[1]):
                 continue
             check = lambda e=example: oracle.judge(backend, *e, dtype, 3, attention=True)  # noqa: E731
             yield f"{case}, {mode}, seed {seed}", check

@@ -69,17 +69,21 @@ FAULTS = {
 }
 
 
-def shows(fault: str, case: tuple[int, ...]) -> bool:
-    """Whether a case of `oracle.ATTENTION` has what the fault gets wrong: one token alone has all the probability."""
-    _, queries, _, size, prompts, tokens, regions = case
+def shows(fault: str, query, key, value, ids, weights) -> bool:
+    """Whether an example has what the fault gets wrong: one token alone has all the probability, for instance."""
+    shares = _shares(key, ids, weights)
+    if not shares.any():
+        return False
     if fault == "a neighbour's region":
-        return queries > 1 and prompts > 1 and regions > 1
-    return tokens > 1 and {"a missing scale": size > 1, "a row shifted": queries > 1}.get(fault, True)
+        return not torch.equal(_shares(key, ids, weights.roll(1, dims=1)), shares)
+    needed = {"a missing scale": query.shape[-1], "a row shifted": query.shape[1]}.get(fault, 2)
+    return key.shape[1] > 1 and needed > 1
 
 
-def attended(query, key, value, ids, weights) -> bool:
-    """Whether any query of an example attends to anything: results that are all zero show no fault."""
-    return bool((weights * (ids >= 0)[..., None]).any())
+def _shares(key, ids, weights):
+    """(B, P, N): what each prompt of the bank has of each query."""
+    chosen = ids[..., None] == torch.arange(len(key))
+    return torch.einsum("brp,brn->bpn", chosen.double(), weights.double())
 
 
 def planted(fault: str | None, operation: str = OPERATIONS[0]) -> Backend:
