@@ -14,13 +14,13 @@ from typing import Any
 import torch
 
 from instantas import ops
-from instantas.checks import flag, positive, real
+from instantas.checks import flag, integer, positive, real
 from instantas.sampling.bridging import Bridge, Stage, View, bridge
 from instantas.sampling.evaluator import Evaluator
 from instantas.sampling.graphs import StepGraphs
 from instantas.sampling.noise import Level, levels
 from instantas.sampling.prediction import Prediction, predict
-from instantas.sampling.schedulers import probe, step_keywords
+from instantas.sampling.schedulers import begin_at, probe, step_keywords
 from instantas.windows import WindowPlan
 
 
@@ -68,6 +68,7 @@ def sample(
     num_inference_steps: int | None = None,
     timesteps: Sequence[int] | None = None,
     evaluations: int | None = None,
+    begin: int | None = None,
     guidance_scale: float | torch.Tensor | Callable = 1.0,
     guidance_rescale: float | Callable = 0.0,
     eta: float = 0.0,
@@ -93,12 +94,15 @@ def sample(
     Args:
         denoiser: function of (windows (m, C, h, w), timestep, context: StepContext) that returns the prediction, or the
             pair (cond, uncond) for classifier-free guidance. Windows come picture by picture.
-        latents: (B, C, H, W) standard normal noise; it is multiplied by the scheduler's initial standard deviation.
+        latents: (B, C, H, W) standard normal noise, which is multiplied by the scheduler's initial standard deviation;
+            with `begin` what the scheduler's `add_noise` made of a clean sample for the timestep of that number.
         plan: the windows over (H, W).
         scheduler: a diffusers scheduler.
         num_inference_steps, timesteps: at most one; given to the scheduler's `set_timesteps`. Neither: the timesteps
             that the scheduler has already.
         evaluations: after how many of the scheduler's timesteps the run ends; None: all.
+        begin: number of the timestep at which a run begins that goes on from a picture (img2img, SDEdit); None: it
+            begins with noise, at the first. Bridges and callbacks count the steps that are taken.
         guidance_scale: g of u + g (c - u), a float or a (H, W) tensor; of no effect without uncond. Or a function of
             the `StepContext` of all windows that gives it, or None for no guidance, asked before each step.
         guidance_rescale: share by which the guided prediction is rescaled to the standard deviation of cond (Lin et al.
@@ -127,21 +131,24 @@ def sample(
     _check_run(latents, plan)
     check_settings(len(latents), 0.0 if callable(guidance_rescale) else guidance_rescale, eta, generator)
     set_timesteps(scheduler, num_inference_steps, timesteps, latents.device)
-    timesteps = scheduler.timesteps[: _evaluations(evaluations, len(scheduler.timesteps))]
+    from_picture, begin = begin is not None, _begin(begin or 0, len(scheduler.timesteps))
+    timesteps = scheduler.timesteps[begin:]
+    timesteps = timesteps[: _evaluations(evaluations, len(timesteps))]
     stages = _stages(bridging, plan, len(timesteps), weight, latents.device)
-    noise_levels = _levels(scheduler, stages)
+    noise_levels = _levels(scheduler, stages, begin)
     _check_step(latents, [(Stage(plan), weight), *stages], 1.0 if callable(guidance_scale) else guidance_scale)
-    recurrence = probe(scheduler, eta)
+    recurrence = probe(scheduler, eta, begin)
     _check_graph(cuda_graph, latents, scheduler, recurrence, (guidance_scale, guidance_rescale))
 
-    update = _LinearUpdate(recurrence) if recurrence else _SchedulerUpdate(scheduler, generator, eta)
+    update = _LinearUpdate(recurrence) if recurrence else _SchedulerUpdate(scheduler, generator, eta, begin)
     reuse = any(stage.plan.partial for stage, _ in stages)
     advance: Callable = _Advance(evaluate, update, guidance_scale, guidance_rescale, plan, reuse)
     steps = _steps(latents, timesteps, stages, noise_levels, recurrence)
     told = {} if callback is None or "denoised" not in inspect.signature(callback).parameters else {"denoised": None}
     if cuda_graph:
         advance = StepGraphs(advance, steps, getattr(denoiser, "phase", None))
-    state = State(latents * getattr(scheduler, "init_noise_sigma", 1.0), update.history(latents))
+    deviation = 1.0 if from_picture else getattr(scheduler, "init_noise_sigma", 1.0)
+    state = State(latents * deviation, update.history(latents))
     for i, (t, step) in enumerate(zip(timesteps, steps)):
         state = advance(state, step)
         if callback is not None:
@@ -281,7 +288,8 @@ class _LinearUpdate:
 class _SchedulerUpdate:
     """The scheduler's own step, once, on the merged prediction."""
 
-    def __init__(self, scheduler, generator, eta):
+    def __init__(self, scheduler, generator, eta, begin):
+        begin_at(scheduler, begin)
         self.scheduler, self.denoised = scheduler, None
         self.keywords = step_keywords(scheduler, generator, eta)
 
@@ -356,9 +364,10 @@ def _tracked(weight):
         return weight.clone()
 
 
-def _levels(scheduler, stages):
+def _levels(scheduler, stages, begin):
     """The noise level of each step, None where nothing is known of it and nobody asks."""
     found = levels(scheduler)
+    found = found and found[begin:]
     if found is None and any(stage.adjust is not None for stage, _ in stages):
         raise ValueError(
             "bridging: expected a scheduler with alphas_cumprod or flow sigmas, as the bridge adjusts predictions, got "
@@ -387,6 +396,12 @@ def check_settings(pictures: int, guidance_rescale: Any, eta: Any, generator: An
         raise TypeError(f"generator: expected a torch.Generator or a list of them, got {type(wrong[0]).__name__}")
     if isinstance(generator, list) and len(generator) != pictures:
         raise ValueError(f"generator: expected one for each of {pictures} pictures, got {len(generator)}")
+
+
+def _begin(begin, timesteps):
+    if integer("begin", begin, 0) >= timesteps:
+        raise ValueError(f"begin: expected less than the scheduler's {timesteps} timesteps, got {begin}")
+    return begin
 
 
 def _evaluations(number, timesteps):

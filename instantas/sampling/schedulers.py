@@ -49,8 +49,8 @@ def step_keywords(scheduler: Any, generator: Any = None, eta: float = 0.0) -> di
     return {name: value for name, value in (("generator", generator), ("eta", eta)) if name in accepted}
 
 
-def probe(scheduler: Any, eta: float = 0.0) -> Recurrence | None:
-    """The recurrence of a scheduler whose timesteps are set; None if its steps are not one.
+def probe(scheduler: Any, eta: float = 0.0, begin: int = 0) -> Recurrence | None:
+    """The recurrence of a scheduler whose timesteps are set, from one of them on; None if its steps are not one.
 
     A scheduler that draws noise (if only to multiply it by zero: the next draw from the generator depends on it), is
     not linear (thresholding, clipping) or looks back further than `MAX_HISTORY` has none. Copies of the scheduler are
@@ -59,20 +59,20 @@ def probe(scheduler: Any, eta: float = 0.0) -> Recurrence | None:
     Raises:
         ValueError: for steps that give NaN or infinite numbers.
     """
-    steps = len(scheduler.timesteps)
+    steps = len(scheduler.timesteps) - begin
     with torch.random.fork_rng(devices=[]):
         noise = torch.randn(1 + steps, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * _SPREAD
-        trajectory, _, _, draws = _run(scheduler, noise[0], noise[1:], eta)
+        trajectory, _, _, draws = _run(scheduler, noise[0], noise[1:], eta, begin)
         if not np.isfinite(trajectory).all():
             step = int(np.isfinite(trajectory[1:]).all(1).argmin())
             raise ValueError(
                 f"scheduler: expected finite steps, got NaN or infinite ones of {type(scheduler).__name__} from "
-                f"timestep {scheduler.timesteps[step]} on, for {_said(scheduler)}"
+                f"timestep {scheduler.timesteps[begin + step]} on, for {_said(scheduler)}"
             )
         if draws:
             return None
         basis = torch.eye(1 + steps, dtype=torch.float64)
-        x, scale, kept, _ = _run(scheduler, basis[0], basis[1:], eta)
+        x, scale, kept, _ = _run(scheduler, basis[0], basis[1:], eta, begin)
     if scale is None:
         return None
     m = basis[1:].numpy()
@@ -98,7 +98,13 @@ def _said(scheduler: Any) -> str:
     return ", ".join(f"{name}={config[name]!r}" for name in names if name in config) or "its configuration"
 
 
-def _run(scheduler, sample, outputs, eta):
+def begin_at(scheduler: Any, begin: int) -> None:
+    """Have the steps of a scheduler that counts them begin at one of its timesteps, as diffusers' img2img does."""
+    if begin and hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(begin)
+
+
+def _run(scheduler, sample, outputs, eta, begin):
     """Run a copy on vectors.
 
     Returns:
@@ -108,12 +114,13 @@ def _run(scheduler, sample, outputs, eta):
     for name, value in vars(scheduler).items():
         if isinstance(value, torch.Tensor):
             setattr(scheduler, name, value.cpu().as_subclass(_Table))
+    begin_at(scheduler, begin)
     generator = torch.Generator().manual_seed(1)
     torch.default_generator.manual_seed(1)  # the CPU's alone: torch.manual_seed would reach every GPU's
     states = [source.get_state() for source in (generator, torch.default_generator)]
     keywords = step_keywords(scheduler, generator, eta)
     samples, scales, kept = [sample], [], []
-    for t, output in zip(scheduler.timesteps, outputs):
+    for t, output in zip(scheduler.timesteps[begin:], outputs):
         sample = samples[-1].reshape(1, 1, 1, -1)
         scaled = scheduler.scale_model_input(sample, t) if hasattr(scheduler, "scale_model_input") else sample
         scale = (sample * scaled).sum() / (sample * sample).sum()
