@@ -85,7 +85,11 @@ def control(
             raise ValueError(f"control_guidance_start: expected 0 <= start < end <= 1, got {first} and {last}")
     guess_mode = flag("guess_mode", guess_mode) or nets[0].config.global_pool_conditions
     given = _by_network(image, nets) if hasattr(net, "nets") else [image]
-    images = [_prepared(pipe, one, own, size, canvas, pictures, copies) for one, own in zip(given, nets)]
+    images = []
+    for one, own in zip(given, nets):
+        channels, prompts = own.config.conditioning_channels, pictures // copies
+        image = prepared(pipe, pipe.control_image_processor, one, channels, own.dtype, size, canvas, prompts)
+        images.append(image.repeat_interleave(pictures // len(image), dim=0))
     return Control(images, scales, list(zip(starts, ends)), guess_mode)
 
 
@@ -110,27 +114,37 @@ def _by_network(image, nets):
     return [list(own) for own in zip(*image)] if any(nested) else image
 
 
-def _prepared(pipe, given, net, size, canvas, pictures, copies):
-    """(pictures, 3, *canvas) of the network's dtype, from what the user gave for one network."""
+def prepared(
+    pipe: Any,
+    processor: Any,
+    given: Any,
+    channels: int,
+    dtype: torch.dtype,
+    size: tuple[int, int],
+    canvas: tuple[int, int],
+    prompts: int,
+) -> torch.Tensor:
+    """(1 or prompts, channels, *canvas) from pictures of any form, resized to `size` and padded to whole cells.
+
+    Raises:
+        TypeError, ValueError: for what are no such pictures, as many as there are prompts or one, with finite values.
+    """
     given = given if isinstance(given, (list, tuple)) else [given]
     for picture in given:
         _check_picture(picture)
     # as diffusers prepares them, but to the pixel: its own processor rounds sizes down to whole cells
-    processor = pipe.control_image_processor
     processor = type(processor).from_config(processor.config, vae_scale_factor=1)
     found = [processor.preprocess(picture, *size).float() for picture in given]
-    channels, prompts = net.config.conditioning_channels, pictures // copies
     for tensor in found:
         if tensor.shape[1] != channels:
             raise ValueError(f"image: expected {channels} channels, got {tensor.shape[1]}")
         if not tensor.isfinite().all():
             raise ValueError("image: expected finite values, got NaN or infinite ones")
-    tensor = torch.cat(found).to(pipe._execution_device, net.dtype)
+    tensor = torch.cat(found).to(pipe._execution_device, dtype)
     if len(tensor) not in (1, prompts):
         raise ValueError(f"image: expected one picture, or one for each of {prompts} prompts, got {len(tensor)}")
     # the picture's edge continues over the padding
-    tensor = F.pad(tensor, (0, canvas[1] - size[1], 0, canvas[0] - size[0]), mode="replicate")
-    return tensor.repeat_interleave(pictures if len(tensor) == 1 else copies, dim=0)
+    return F.pad(tensor, (0, canvas[1] - size[1], 0, canvas[0] - size[0]), mode="replicate")
 
 
 def _check_picture(picture):

@@ -33,6 +33,7 @@ from instantas.pipelines.control import control, picture_size
 from instantas.pipelines.denoiser import WindowDenoiser
 from instantas.pipelines.held import HeldPipeline
 from instantas.pipelines.multidiffusion import RegionDenoiser, plain_colours, region_prompts
+from instantas.pipelines.starts import first_timestep, noised
 from instantas.pipelines.turns import host_tensors, turn
 from instantas.regions import RegionMap, check_blend, region_lists
 from instantas.regions.prompts import PipelineEncoder
@@ -95,6 +96,8 @@ class InstantASPipeline(HeldPipeline):
         method: str = "instantas",
         stride: int | tuple[int, int] | None = None,
         image: Any = None,
+        strength: float | None = None,
+        control_image: Any = None,
         controlnet_conditioning_scale: float | list[float] = 1.0,
         control_guidance_start: float | list[float] = 0.0,
         control_guidance_end: float | list[float] = 1.0,
@@ -143,8 +146,11 @@ class InstantASPipeline(HeldPipeline):
             method: "instantas" (the fewest windows), or the baseline "multidiffusion" (overlapping windows at a stride;
                 with regions its region mode, one evaluation for each region and window).
             stride: of multidiffusion, in cells; None: an eighth of the window.
-            image: of a ControlNet (`control.control`): as large as the picture, or resized to it. Each window gets
-                its part.
+            image: with `strength` the picture to start from (`starts.noised`). Without, of a ControlNet, as
+                `control_image` is with it (`control.control`): as large as the picture, or resized to it. Each window
+                gets its part.
+            strength: the part of the steps that is taken, from `image` with the noise of the first of them, 0 to 1 as
+                in diffusers' img2img; None: all steps, from noise.
             original_size, crops_coords_top_left, target_size: of SDXL; by default each window's own, as a crop of the
                 whole picture.
             denoising_end: part of the noise schedule after which the run ends, with noise left; None: all of it.
@@ -161,7 +167,14 @@ class InstantASPipeline(HeldPipeline):
         check_pipeline(pipe, whole=True)
         with turn(getattr(pipe.unet, "_orig_mod", pipe.unet), pipe.scheduler), host_tensors():
             check_scheduler(pipe.scheduler)
-            height, width, wrap = self._size(*picture_size(image, height, width), wrap)
+            if strength is None and control_image is not None:
+                raise ValueError("control_image: expected None without strength, as image is the ControlNet's, got one")
+            if strength is None:
+                image, control_image = None, image
+            elif image is None or latents is not None:
+                raise ValueError("image: expected a picture in place of latents, as there is a strength")
+            shown = control_image if image is None else image
+            height, width, wrap = self._size(*picture_size(shown, height, width), wrap)
             plan = self.plan(height, width, wrap=wrap, method=method, stride=stride)
             size, whole_cells = (height, width), (plan.height * self.cell, plan.width * self.cell)
             bridging = None if bridging == "default" and method == "multidiffusion" else bridge(bridging)
@@ -189,13 +202,20 @@ class InstantASPipeline(HeldPipeline):
                 raise ValueError(
                     "cuda_graph: expected False with regions of multidiffusion, whose steps differ, got True"
                 )
+            if strength is not None and region_map is not None and method == "multidiffusion":
+                raise ValueError(
+                    "strength: expected None with regions of multidiffusion, which begin with noise, got one"
+                )
             guidance = guidance_scale if region_map is None else region_map.guidance(max(guidance_scale, 1.0))
             distilled = pipe.unet.config.time_cond_proj_dim  # told the scale, instead of evaluated without the prompt
             guided = distilled is None and bool(torch.as_tensor(guidance).max() > 1)
             check_encoders(pipe, texts, guided, clip_skip)
             ways = {} if original_inference_steps is None else dict(original_inference_steps=original_inference_steps)
             set_timesteps(pipe.scheduler, num_inference_steps, timesteps, pipe._execution_device, sigmas, **ways)
-            steps = _evaluations(pipe.scheduler, denoising_end)
+            begin = None if strength is None else first_timestep(pipe.scheduler, strength)
+            steps = _evaluations(pipe.scheduler, denoising_end) - (begin or 0)
+            if steps < 1:
+                raise ValueError(f"denoising_end: expected after where strength begins, got {denoising_end}")
             for name, value in dict(
                 guidance_scale=guidance_scale,
                 guidance_rescale=guidance_rescale,
@@ -215,7 +235,11 @@ class InstantASPipeline(HeldPipeline):
                     f"regions: expected one list, or one for each of {pictures} pictures, got {region_map.pictures}"
                 )
             check_settings(pictures, guidance_rescale, eta, generator)
-            noise = self._noise(pictures, plan, generator, latents)
+            if begin is None:
+                noise = self._noise(pictures, plan, generator, latents)
+            else:
+                batch = dict(pictures=pictures, copies=num_images_per_prompt)
+                noise = noised(pipe, image, begin, size, whole_cells, **batch, wrap=wrap, generator=generator)
             one_window = plan.window == (plan.height, plan.width) and not any(wrap)
             conditions = dict(
                 micro=micro_conditions(
@@ -226,7 +250,7 @@ class InstantASPipeline(HeldPipeline):
                 ),
                 control=control(
                     pipe,
-                    image,
+                    control_image,
                     size,
                     whole_cells,
                     pictures=pictures,
@@ -263,6 +287,7 @@ class InstantASPipeline(HeldPipeline):
                     plan,
                     pipe.scheduler,
                     evaluations=steps,
+                    begin=begin,
                     guidance_scale=guidance if cuda_graph else step_end.guidance,
                     guidance_rescale=guidance_rescale if cuda_graph else step_end.guidance_rescale,
                     eta=eta,
