@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
@@ -33,7 +33,7 @@ from instantas.pipelines.control import control, picture_size
 from instantas.pipelines.denoiser import WindowDenoiser
 from instantas.pipelines.held import HeldPipeline
 from instantas.pipelines.multidiffusion import RegionDenoiser, plain_colours, region_prompts
-from instantas.pipelines.starts import first_timestep, noised
+from instantas.pipelines.starts import first_timestep, noised, stages
 from instantas.pipelines.turns import host_tensors, turn
 from instantas.regions import RegionMap, check_blend, region_lists
 from instantas.regions.prompts import PipelineEncoder
@@ -307,6 +307,45 @@ class InstantASPipeline(HeldPipeline):
         if not return_dict:
             return images, flagged
         return StableDiffusionPipelineOutput(images=images, nsfw_content_detected=flagged)
+
+    def upscale(
+        self, image: Any, scale: float = 4.0, prompt: Any = "", *, strength: float = 0.35, **settings: Any
+    ) -> Any:
+        """A larger picture: enlarged, then painted again from the noise of the last `strength` of the steps.
+
+        In stages of at most twice the size, each a call with `image` and `strength`. A ControlNet (tile) is told the
+        picture itself.
+
+        Args:
+            image: as in the call; of any size.
+            scale: more than 1.
+            prompt: what the picture shows.
+            strength: 0 to 1; the more, the more is made up, and the less is kept.
+            settings: of the call, for every stage; but `regions`, whose boxes may be pixels, for one stage only.
+
+        Returns:
+            As the call.
+
+        Raises:
+            TypeError, ValueError: naming the argument, what was expected and what came.
+        """
+        if image is None:
+            raise ValueError("image: expected a picture, got None")
+        for name in ("height", "width"):
+            if name in settings:
+                raise ValueError(f"{name}: expected none beside scale, got {settings[name]}")
+        *before, last = stages(cast(tuple[int, int], picture_size(image, None, None)), scale)
+        if before and settings.get("regions"):
+            raise ValueError(f"regions: expected none with a scale above 2, which takes stages, got {scale}")
+        for height, width in [*before, last]:
+            stage = dict(settings, height=height, width=width, image=image, strength=strength)
+            if getattr(self.pipe, "controlnet", None) is not None:
+                stage.setdefault("control_image", image)
+            if (height, width) != last:
+                stage |= dict(output_type="pil", return_dict=True)
+            result = self(prompt, **stage)
+            image = result.images if (height, width) != last else image
+        return result
 
     @torch.no_grad()
     def decode(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -23,6 +24,19 @@ def first_timestep(scheduler: Any, strength: float) -> int:
     if not taken:
         raise ValueError(f"strength: expected at least {1 / steps:.2g}, one of {steps} steps, got {strength}")
     return (steps - taken) * order
+
+
+def stages(size: tuple[int, int], scale: float) -> list[tuple[int, int]]:
+    """Sizes, of (height, width) pixels, through which a picture becomes `scale` times as large: each at most twice the
+    one before.
+
+    Raises:
+        TypeError, ValueError: for a scale that is not above 1.
+    """
+    if real("scale", scale, 1) == 1:
+        raise ValueError(f"scale: expected more than 1, got {scale}")
+    count = math.ceil(math.log2(scale) - 1e-9)
+    return [(round(size[0] * scale ** (i / count)), round(size[1] * scale ** (i / count))) for i in range(1, count + 1)]
 
 
 def noised(

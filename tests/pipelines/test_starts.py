@@ -13,7 +13,7 @@ from diffusers import (
 from PIL import Image
 
 from instantas import InstantASPipeline, Region
-from instantas.pipelines.starts import first_timestep
+from instantas.pipelines.starts import first_timestep, stages
 from instantas.testing.tiny import scheduler, tiny_controlnet, tiny_pipeline, tiny_xl_pipeline
 
 NATIVE = 128
@@ -171,3 +171,57 @@ def test_first_timesteps():
     chosen = scheduler()
     chosen.set_timesteps(10)
     assert [first_timestep(chosen, strength) for strength in (0.1, 0.35, 0.99, 1.0, 1)] == [9, 7, 1, 0, 0]
+
+
+# Enlarging
+
+
+@pytest.mark.parametrize(
+    "size, scale, expected",
+    [
+        ((100, 60), 2, [(200, 120)]),
+        ((100, 60), 4, [(200, 120), (400, 240)]),
+        ((33, 47), 1.5, [(50, 70)]),
+        ((10, 10), 3, [(17, 17), (30, 30)]),
+    ],
+)
+def test_stages_at_most_double(size, scale, expected):
+    assert stages(size, scale) == expected
+
+
+def test_upscaling_is_stages_of_img2img():
+    ours, settings = InstantASPipeline.from_pipe(tiny_pipeline()), dict(num_inference_steps=4, strength=0.5)
+    large = ours.upscale(photo(60, 40), 4, "grass", generator=seeded(), **settings).images[0]
+    generator = seeded()
+    step = ours("grass", image=photo(60, 40), height=80, width=120, generator=generator, **settings).images
+    by_hand = ours("grass", image=step, height=160, width=240, generator=generator, **settings).images[0]
+    assert large.size == (240, 160)
+    np.testing.assert_array_equal(np.asarray(large), np.asarray(by_hand))
+
+
+def test_upscaling_tells_a_controlnet_the_picture():
+    pipe = tiny_pipeline(kind=StableDiffusionControlNetPipeline, controlnet=tiny_controlnet())
+    ours = InstantASPipeline.from_pipe(pipe)
+    settings = dict(num_inference_steps=2, strength=0.5, output_type="np")
+    said = ours.upscale(photo(80, 80), 2, "grass", generator=seeded(), **settings).images
+    same = dict(image=photo(80, 80), control_image=photo(80, 80), height=160, width=160, generator=seeded())
+    np.testing.assert_array_equal(said, ours("grass", **same, **settings).images)
+
+
+@pytest.mark.parametrize(
+    "arguments, settings, message",
+    [
+        ((photo(), 1), {}, "scale: expected more than 1"),
+        ((photo(), 0.5), {}, "scale: expected"),
+        ((None, 2), {}, "image: expected a picture"),
+        ((photo(), 2), dict(height=64), "height: expected none beside scale"),
+        (
+            (photo(), 4),
+            dict(regions=[Region("grass", box=(0.0, 0.0, 1.0, 1.0))]),
+            "regions: expected none with a scale",
+        ),
+    ],
+)
+def test_what_cannot_be_enlarged_is_named(arguments, settings, message):
+    with pytest.raises(ValueError, match=message):
+        InstantASPipeline.from_pipe(tiny_pipeline()).upscale(*arguments, "grass", **settings)
