@@ -8,14 +8,19 @@ from __future__ import annotations
 
 from typing import Any
 
+from instantas.comfyui.regions import Region, Regions
 from instantas.comfyui.windows import MultiDiffusion, Windows
 
 NODE_CLASS_MAPPINGS: dict[str, Any] = {
     "InstantASWindows": Windows,
+    "InstantASRegion": Region,
+    "InstantASRegions": Regions,
     "InstantASMultiDiffusion": MultiDiffusion,
 }
 NODE_DISPLAY_NAME_MAPPINGS = {
     "InstantASWindows": "Windows (InstantAS)",
+    "InstantASRegion": "Region (InstantAS)",
+    "InstantASRegions": "Regions (InstantAS)",
     "InstantASMultiDiffusion": "MultiDiffusion (InstantAS)",
 }
 

@@ -28,7 +28,14 @@ class Strided(Windowed):
         return WindowPlan.strided(*size, window, strides, wrap=self.wrap)
 
 
-class Hooks:
+class Shared:
+    """What a copy of a model's options has in common with them: ComfyUI copies them deeply for every node."""
+
+    def __deepcopy__(self, memo: dict) -> Any:
+        return self
+
+
+class Hooks(Shared):
     """The hooks of one patched model.
 
     Args:
