@@ -72,7 +72,7 @@ def agree(run, patched, plain, start, *settings, **same):
     whole = run(patched, start.whole, **same, **settings[0]).result
     apart = [run(plain, part, **same, **own).result for part, own in zip(start.parts, settings[1:])]
     assert difference(whole, torch.cat(apart, dim=-1)) <= 1e-4
-    if settings[0]:
+    if settings[0] != settings[1]:
         other = run(plain, start.parts[0], **same, **settings[2]).result
         assert difference(other, apart[0]) >= 1e-2
 
@@ -209,3 +209,28 @@ def test_what_cannot_be_right_is_refused(comfy, model, tiny, run):
     flow.model.model_type, flow.model.diffusion_model = comfy.model_base.ModelType.FLUX, model.model.diffusion_model
     with pytest.raises(ValueError, match="model: expected an image UNet"):
         windowed(flow)
+
+
+def test_a_window_of_an_xl_model_is_told_its_own_size(tiny, run):
+    """Its halves, each sampled alone, are of the window's size; a graph that says another is heard."""
+    large = tiny("SDXL", num_classes="sequential", adm_in_channels=2816)
+    patched, start = windowed(large, bridging="none"), halves()
+    pooled = {"pooled_output": noise(1, 1280)[0, :1, 0]}
+    own = dict(positive=prompt(1, **pooled), negative=prompt(2, **pooled))
+    agree(run, patched, large, start, own, own, own)
+    said = dict(positive=prompt(1, width=2048, **pooled), negative=own["negative"])
+    assert difference(run(patched, start.whole, **said).result, run(patched, start.whole, **own).result) >= 1e-3
+
+
+def test_nodes_after_windows_leave_it_as_it_is(model, run):
+    assert torch.equal(
+        run(windowed(model).clone().clone(), noise(24, 40)).result, run(windowed(model), noise(24, 40)).result
+    )
+
+
+def test_wrapping_axes_join(model, run):
+    """A picture that is a circle, moved along it: windows of no bridge lie elsewhere on it, all else is the same."""
+    patched = windowed(model, bridging="none", wrap="horizontal")
+    found = run(patched, noise(WINDOW, 32))
+    moved = run(patched, noise(WINDOW, 32).roll(16, dims=-1))
+    assert difference(moved.result.roll(-16, dims=-1), found.result) <= 1e-4
