@@ -60,11 +60,10 @@ class Layout(NamedTuple):
     @classmethod
     def of(cls, ids: torch.Tensor, weights: torch.Tensor) -> Layout:
         """At every resolution of a network, from the weights (B, S, h, w) at that of the batch."""
-        levels, grid = {}, tuple(weights.shape[-2:])
-        while grid not in levels:
+        levels: dict[tuple[int, int], torch.Tensor] = {}
+        while (grid := (weights.shape[-2], weights.shape[-1])) not in levels:
             levels[grid] = weights.flatten(2)
             weights = average(weights, 2)
-            grid = tuple(weights.shape[-2:])
         orders = {}
         if ids.shape[1] > 1 and backend.ordered(ids.device):
             large = {grid: level for grid, level in levels.items() if level.shape[2] > TILE}

@@ -72,7 +72,7 @@ def agree(run, patched, plain, start, *settings, **same):
     whole = run(patched, start.whole, **same, **settings[0]).result
     apart = [run(plain, part, **same, **own).result for part, own in zip(start.parts, settings[1:])]
     assert difference(whole, torch.cat(apart, dim=-1)) <= 1e-4
-    if settings[0] != settings[1]:
+    if settings[0] is not settings[1]:
         other = run(plain, start.parts[0], **same, **settings[2]).result
         assert difference(other, apart[0]) >= 1e-2
 
@@ -234,3 +234,43 @@ def test_wrapping_axes_join(model, run):
     found = run(patched, noise(WINDOW, 32))
     moved = run(patched, noise(WINDOW, 32).roll(16, dims=-1))
     assert difference(moved.result.roll(-16, dims=-1), found.result) <= 1e-4
+
+
+class Adapter(torch.nn.Module):
+    """A T2I-Adapter of one layer, for the UNet's first."""
+
+    unshuffle_amount = 8
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Conv2d(3, UNET["model_channels"], 8, stride=8)
+
+    def forward(self, hint):
+        return {"input": [self.layer(hint)]}
+
+
+def test_adapters_see_windows_behind_and_before_a_controlnet(comfy, model, run, control):
+    net, settings = with_random_weights(Adapter(), std=0.2), []
+    for hint, other in zip(halves(channels=3, scale=8), halves(channels=3, scale=8, seed=30)):
+        adapters = [comfy.controlnet.T2IAdapter(net, 3, 8, "nearest-exact", device="cpu") for _ in range(2)]
+        first = adapters[0].set_cond_hint(hint.abs(), 0.7)
+        last = adapters[1].set_cond_hint(other.abs(), 0.5)
+        last.set_previous_controlnet(control(other, previous=first))
+        settings.append(dict(positive=prompt(1, control=last)))
+    agree(run, windowed(model, bridging="none"), model, halves(), *settings)
+
+
+def test_without_guidance_the_negative_prompt_is_not_evaluated(model, run):
+    patched, start = windowed(model, bridging="none"), halves()
+    agree(run, patched, model, start, cfg=1.0)
+    assert run(patched, start.whole, cfg=1.0).count == 3 * 2
+
+
+@pytest.mark.parametrize("sampler", ["heun", "dpmpp_2m", "uni_pc", "dpm_adaptive"])
+def test_other_samplers_on_halves(model, run, sampler):
+    """Deterministic ones; an adaptive one chooses its steps by the whole canvas, and is finite."""
+    start, patched = halves(), windowed(model, bridging="none")
+    if sampler == "dpm_adaptive":
+        assert run(windowed(model), noise(24, 40), sampler=sampler).result.isfinite().all()
+    else:
+        agree(run, patched, model, start, sampler=sampler)
