@@ -12,7 +12,7 @@ from instantas import ops
 from instantas.comfyui import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS, MultiDiffusion, Region, Regions, Windows
 from instantas.comfyui.hooks import DeferredControl, Hooks, Strided
 from instantas.comfyui.regions import ATTENDED, RegionHooks
-from instantas.sampling.bridging import evaluations
+from instantas.sampling.bridging import Stage, evaluations
 from instantas.sampling.hosted import Place, Windowed
 from instantas.windows import WindowPlan
 from tests.comfyui.checkout import noise, prompt
@@ -166,6 +166,26 @@ def test_what_is_re_used_is_the_conditions_own_in_any_batch(bridging):
     usual, _ = sampled(windowed(Patcher(), bridging=bridging), noise(12, 20), two())
     changing, _ = sampled(windowed(Patcher(), bridging=bridging), noise(12, 20), two(), lambda step: groups[step % 3])
     torch.testing.assert_close(changing, usual, rtol=1e-5, atol=1e-5)
+
+
+class Half:
+    """Evaluates the left window alone, but for the first step."""
+
+    def step(self, step, steps, plan):
+        return Stage(plan if step == 0 else plan.subset(plan.origins[:, 1] == 0))
+
+
+def test_where_the_network_is_not_evaluated_its_noise_stays():
+    hooks, found = Hooks(Windowed(WINDOW, bridging=Half()), None), []
+    hooks._sigmas = SIGMAS
+    for step, sigma in enumerate(SIGMAS[:2]):
+        x = noise(WINDOW, 2 * WINDOW, seed=step)
+        args = {"input": x, "timestep": sigma[None], "c": {"transformer_options": {"uuids": ["a"]}}}
+        found.append((x, hooks.network(lambda windows, t, **c: 0.5 * windows, args)))
+    (x, said), (later, reused) = found
+    eps = (x - said) / SIGMAS[0]
+    torch.testing.assert_close(reused[..., :WINDOW], 0.5 * later[..., :WINDOW])
+    torch.testing.assert_close(reused[..., WINDOW:], (later - SIGMAS[1] * eps)[..., WINDOW:])
 
 
 def test_at_native_size_the_call_is_what_it_was():
