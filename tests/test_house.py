@@ -21,12 +21,12 @@ FLOORS = (  # from the ground up; a room imports rooms of lower floors, never on
     ("sampling", "regions"),
     ("pipelines",),
     ("demo", "bench", "testing"),
-    ("cli",),
+    ("cli", "comfyui"),
     ("__main__",),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 LAZY = "__init__"  # the face: names that are imported when they are used
-TESTED = ("bench", "cli", "demo", "ops", "pipelines", "regions", "sampling")  # rooms of tests/
+TESTED = ("bench", "cli", "comfyui", "demo", "ops", "pipelines", "regions", "sampling")  # rooms of tests/
 TORCH_ALONE = ("ops/reference.py",)
 
 
@@ -96,6 +96,17 @@ def test_only_pipelines_and_what_is_above_know_diffusers():
         if FLOOR[room(module_of(path))] < FLOOR["pipelines"]:
             known = {module.split(".")[0] for _, module in imports(path)}
             assert not known & {"diffusers", "transformers"}, path
+
+
+def test_only_the_nodes_know_comfyui_and_nothing_knows_the_nodes():
+    for path in sources():
+        found = {module for _, module in imports(path)}
+        if room(module_of(path)) == "comfyui":  # in functions alone: the nodes can be looked at without ComfyUI
+            top = ast.parse(path.read_text(encoding="utf-8")).body
+            late = {m for node in top if isinstance(node, ast.ImportFrom) for m in [node.module or ""]}
+            assert not {m for m in late if m.split(".")[0].startswith("comfy")}, path
+        else:
+            assert not {m for m in found if m.split(".")[0].startswith("comfy") or room(m) == "comfyui"}, path
 
 
 def test_tests_mirror_the_rooms():

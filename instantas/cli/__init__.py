@@ -1,4 +1,4 @@
-"""The command line: `instantas generate | plan | bench | info`, also `python -m instantas`.
+"""The command line: `instantas generate | plan | bench | comfyui | info`, also `python -m instantas`.
 
 Errors are one line on standard error and exit code 2.
 """
@@ -14,6 +14,7 @@ import click
 import torch
 
 from instantas import __version__, ops
+from instantas.cli.comfyui import comfyui
 from instantas.cli.cost import window_count
 from instantas.cli.errors import message
 from instantas.cli.generate import generate
@@ -35,6 +36,7 @@ def app(context: click.Context) -> None:
 
 
 app.add_command(generate)
+app.add_command(comfyui)
 
 
 @app.command()

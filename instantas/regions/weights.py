@@ -57,6 +57,19 @@ class Layout(NamedTuple):
     weights: dict[tuple[int, int], torch.Tensor]
     orders: dict[tuple[int, int], torch.Tensor]
 
+    @classmethod
+    def of(cls, ids: torch.Tensor, weights: torch.Tensor) -> Layout:
+        """At every resolution of a network, from the weights (B, S, h, w) at that of the batch."""
+        levels: dict[tuple[int, int], torch.Tensor] = {}
+        while (grid := (weights.shape[-2], weights.shape[-1])) not in levels:
+            levels[grid] = weights.flatten(2)
+            weights = average(weights, 2)
+        orders = {}
+        if ids.shape[1] > 1 and backend.ordered(ids.device):
+            large = {grid: level for grid, level in levels.items() if level.shape[2] > TILE}
+            orders = {grid: ops.region_order(ids, level) for grid, level in large.items()}
+        return cls(ids, levels, orders)
+
     def weights_at(self, grid: tuple[int, int]) -> torch.Tensor:
         """(B, S, h w): the weight of each prompt in `ids` at the queries of a feature map."""
         if grid in self.weights:
@@ -102,30 +115,21 @@ class PromptWeights:
             )
         weights = self.regions.weights(place.progress)
         if place.captured:
-            return self._made(place, (h, w), branches, device, base)
+            return self._made(place, branches, device, base)
         where = self.bank.version, place.plan, place.view, weights, branches, device
         laid_out = *where, base, torch.is_inference_mode_enabled()  # whose tensors are of no use outside of it
         if self._laid_out != laid_out or len(self._layouts) == KEPT:
             self._laid_out, self._layouts = laid_out, {}
         rows = tuple(place.rows.flatten().tolist())
         if rows not in self._layouts:
-            self._layouts[rows] = self._made(place, (h, w), branches, device, base)
+            self._layouts[rows] = self._made(place, branches, device, base)
         return self._layouts[rows]
 
-    def _made(self, place, grid, branches, device, base):
+    def _made(self, place, branches, device, base):
         ids, slots, lists = self._attended(place.rows, branches, device, base)
         shares = self.regions.windows_at(place.plan, lists, place.origins, place.progress, place.view)
         shares = shares.to(device).repeat(branches, 1, 1, 1)
-        weights, levels = torch.einsum("brs,brhw->bshw", slots, shares.double()).float().contiguous(), {}
-        while grid not in levels:
-            levels[grid] = weights.flatten(2)
-            weights = average(weights, 2)
-            grid = tuple(weights.shape[-2:])
-        orders = {}
-        if ids.shape[1] > 1 and backend.ordered(device):
-            large = {grid: level for grid, level in levels.items() if level.shape[2] > TILE}
-            orders = {grid: ops.region_order(ids, level) for grid, level in large.items()}
-        return Layout(ids, levels, orders)
+        return Layout.of(ids, torch.einsum("brs,brhw->bshw", slots, shares.double()).float().contiguous())
 
     def _attended(self, rows, branches, device, base):
         """On the device: the ids, the slots of the regions in them as one-hot rows, the list of each row's picture."""

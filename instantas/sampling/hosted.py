@@ -138,7 +138,7 @@ class Windowed:
             raise ValueError(f"align: expected a divisor of the window {self.window}, got {self.align}")
         self.batches = Batches(window_batch_size)
         self._stages: dict[tuple, list[Stage]] = {}
-        self._latest: dict[Hashable, tuple[int, torch.Size, torch.Tensor]] = {}  # (step, x's shape, prediction)
+        self._latest: dict[Hashable, tuple[int, torch.Size, torch.Tensor]] = {}  # (step, x's shape, predictions)
 
     def reset(self) -> None:
         """Forget the predictions of the run before. Not needed where a run begins at an earlier step than it ended."""
@@ -163,7 +163,7 @@ class Windowed:
         step: int,
         steps: int,
         *,
-        stream: Hashable = None,
+        stream: Hashable | list[Hashable] = None,
         carry: Callable[[Any], tuple[Any, Any]] | None = None,
         mark: Any = None,
     ) -> torch.Tensor:
@@ -177,7 +177,8 @@ class Windowed:
             x: (B, C, H, W), what the network would be given.
             step, steps: how far the run is, 0 <= step < steps. `step_of` finds it from a noise level.
             stream: names the condition whose predictions these are, where the host asks for several one by one, for
-                example "cond" and "uncond": each re-uses its own. None: there is one.
+                example "cond" and "uncond": each re-uses its own. A list: of each equal part of the batch, for hosts
+                that ask for several at once, and not always for the same ones. None: there is one.
             carry: function of `mark` that gives (p, q), numbers or tensors of one value: p x + q prediction is what
                 stays the same from one noise level to the next. None: for a network that predicts noise. `keep_eps`:
                 for one that predicts x_0 of x = x_0 + sigma eps. ``lambda level: level.carry``: for a `noise.Level`.
@@ -194,8 +195,11 @@ class Windowed:
         if integer("step", step, 0) >= positive("steps", steps):
             raise ValueError(f"step: expected 0 to {steps - 1}, got {step}")
         size = x.shape[-2], x.shape[-1]
+        streams = stream if isinstance(stream, list) else [stream]
+        if not streams or len(x) % len(streams):
+            raise ValueError(f"stream: expected as many as divide a batch of {len(x)}, got {len(streams)}")
         stages = self._stages_of(size, steps)
-        stage, latest = stages[step], self._known(stream, step, x)
+        stage, latest = stages[step], self._known(streams, step, x)
         if stage.plan.partial and latest is None:  # a run may begin at any step, and then has nothing to re-use
             stage = Stage(self.plan(size))
         place = Place.of(stage, len(x), step / steps, mark, x.device)
@@ -209,7 +213,8 @@ class Windowed:
             predicted = predicted.kept(latest, torch.stack(numbers), sample)
         merged, latest = predicted.merged(sample, 1.0)
         if latest is not None:
-            self._latest[stream] = step, x.shape, latest
+            for each, part in zip(streams, latest.chunk(len(streams), dim=1)):
+                self._latest[each] = step, x[: part.shape[1]].shape, part
         if stage.adjust is None:
             return merged
         if not isinstance(mark, Level):
@@ -257,10 +262,15 @@ class Windowed:
         origins = plan.origins // self.align * self.align
         return replace(stage, plan=WindowPlan(plan.height, plan.width, plan.window, origins, plan.wrap, partial=True))
 
-    def _known(self, stream, step, x):
-        """The stream's latest predictions, unless they are another run's."""
-        before, shape, latest = self._latest.get(stream, (0, None, None))
-        return latest if shape == x.shape and before <= step else None
+    def _known(self, streams, step, x):
+        """The streams' latest predictions; None if one of them has none, but another run's."""
+        form, parts = x[: len(x) // len(streams)].shape, []
+        for stream in streams:
+            before, shape, latest = self._latest.get(stream, (0, None, None))
+            if shape != form or before > step:
+                return None
+            parts.append(latest)
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 def step_of(sigmas: torch.Tensor, sigma: torch.Tensor | float) -> int:

@@ -307,3 +307,37 @@ def test_a_shifted_rest_is_what_shift_says():
         host(lambda windows, place: seen.append(place.plan) or windows, x, step, 9)
     plan = WindowPlan.minimum_coverage(16, 16, WINDOW)
     assert seen == [Shift().step(step, 9, plan).plan for step in range(4)]
+
+
+@pytest.mark.parametrize("bridging", ["shift", "economy"])
+def test_streams_of_one_batch_keep_their_own_however_the_host_groups_them(bridging):
+    """[uncond, cond] in one call at some steps, the other way round or one by one at others: as one by one always."""
+    x, gains = noise(20, 13), {"cond": 1.0, "uncond": -0.5}
+    groups = [["uncond", "cond"], ["cond"], ["uncond"], ["cond", "uncond"]]
+
+    def run(of_step):
+        host, found, count = Windowed(WINDOW, bridging=bridging), [], []
+        for step in range(9):
+            said = {}
+            for streams in of_step(step):
+                gain = torch.tensor([gains[each] + step for each in streams])[:, None, None, None]
+
+                def evaluate(windows, place, gain=gain):
+                    count.append(len(windows))
+                    return network(windows) * place.pick(gain)
+
+                merged = host(evaluate, x.repeat(len(streams), 1, 1, 1), step, 9, stream=streams)
+                said |= dict(zip(streams, merged))
+            found.append(torch.stack([said["cond"], said["uncond"]]))
+        return torch.stack(found), sum(count)
+
+    apart, count = run(lambda step: groups[1:3])
+    grouped, same_count = run(lambda step: (groups[:1], groups[1:3], groups[3:])[step % 3])
+    torch.testing.assert_close(grouped, apart, rtol=1e-6, atol=1e-6)
+    assert count == same_count
+
+
+def test_streams_divide_the_batch():
+    for streams in ([], ["a", "b"]):
+        with pytest.raises(ValueError, match="stream: expected as many as divide a batch of 3"):
+            Windowed(WINDOW)(lambda windows, place: windows, noise(20, 13, batch=3), 0, 1, stream=streams)
