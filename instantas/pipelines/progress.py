@@ -13,10 +13,13 @@ class Progress:
     As in `sampler.sample` evaluations count: the second one of a step of Heun is one further. A run is what the loop
     goes through: a part of the scheduler's timesteps where a picture is the start, or where the end is left to another
     model. It begins with new timesteps, or with a timestep that lies before the last one.
+
+    Attributes:
+        index: in the scheduler's timesteps, of the evaluation that was asked for last; None: none was.
     """
 
     def __init__(self):
-        self._timesteps = self._values = self._first = self._last = None
+        self._timesteps = self._values = self._first = self.index = None
 
     def __call__(self, scheduler: Any, timestep: torch.Tensor | float, evaluations: int | None = None) -> float:
         """From 0 to below 1; waits for the device that timesteps are on.
@@ -28,15 +31,15 @@ class Progress:
         """
         if scheduler.timesteps is not self._timesteps:
             self._timesteps, self._values = scheduler.timesteps, [float(t) for t in scheduler.timesteps]
-            self._first = self._last = None
+            self._first = self.index = None
         now = float(timestep.flatten()[0] if isinstance(timestep, torch.Tensor) else timestep)
         nearest = min(abs(t - now) for t in self._values)
         places = [i for i, t in enumerate(self._values) if abs(t - now) == nearest]
         index = self._index(scheduler, places)
-        if self._last is None or index < self._last:
+        if self.index is None or index < self.index:
             self._first = self._begin(scheduler, places, evaluations)
             index = max(self._first, self._index(scheduler, places))
-        self._last = index
+        self.index = index
         length = min(evaluations or len(self._values), len(self._values) - self._first)
         return min(index - self._first, length - 1) / length
 
@@ -47,7 +50,7 @@ class Progress:
             taken = self._first + getattr(scheduler, "counter", 0)
         if taken in places:
             return taken
-        return next((place for place in places if self._last is None or place >= self._last), places[0])
+        return next((place for place in places if self.index is None or place >= self.index), places[0])
 
     def _begin(self, scheduler, places, evaluations):
         """Where in the timesteps the run has begun."""

@@ -33,6 +33,7 @@ class Place:
         pictures: (m,) int64 on x's device, the element of the host's batch that each window is of, in its order: all
             windows of the first element, then all of the second, so that [uncond, cond] stays that.
         origins: (m, 2) int32 on x's device, the (y, x) of each.
+        numbers: of the plan's windows, those that each element of the batch has here.
         progress: step / steps.
         view: what they are cut from (`bridging.View`); None: the canvas.
         level: what the host gave as `mark`.
@@ -41,6 +42,7 @@ class Place:
     plan: WindowPlan
     pictures: torch.Tensor
     origins: torch.Tensor
+    numbers: range
     progress: float
     view: View | None = None
     level: Any = None
@@ -51,12 +53,12 @@ class Place:
         count = stage.plan.count
         pictures = torch.arange(batch, device=device).repeat_interleave(count)
         origins = stage.plan.tables(device).origins.repeat(batch, 1)
-        return cls(stage.plan, pictures, origins, progress, stage.view, level)
+        return cls(stage.plan, pictures, origins, range(count), progress, stage.view, level)
 
     def subset(self, some: slice) -> Place:
         """Some of the windows of all elements, from the place of all windows."""
         pictures, origins = (t.unflatten(0, (-1, self.plan.count))[:, some] for t in (self.pictures, self.origins))
-        return replace(self, pictures=pictures.flatten(), origins=origins.flatten(0, 1))
+        return replace(self, pictures=pictures.flatten(), origins=origins.flatten(0, 1), numbers=self.numbers[some])
 
     @property
     def size(self) -> tuple[int, int]:
