@@ -119,9 +119,8 @@ def module_of(network: Any) -> torch.nn.Module:
 
 def bound(network: Any, args: tuple, kwargs: dict) -> dict[str, Any]:
     """Arguments of a network's call by name."""
-    module = module_of(network)
-    kind: Any = type(module)
-    return signature(kind).bind(module, *args, **kwargs).arguments
+    named = signature(type(module_of(network))).bind(None, *args, **kwargs).arguments
+    return {name: value for name, value in named.items() if name != "self"}
 
 
 @functools.cache

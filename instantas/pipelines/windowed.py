@@ -42,6 +42,13 @@ REFUSED = {
 }
 """Pipelines of diffusers whose network cannot be given windows, and why: they, or what they hold, see the canvas."""
 
+RESIDUALS = (
+    "mid_block_additional_residual",
+    "down_block_additional_residuals",
+    "down_intrablock_additional_residuals",
+)
+"""What a UNet adds to its feature maps: the first two are a ControlNet's, the last a T2I-Adapter's."""
+
 
 class _Waiting(NamedTuple):
     """An evaluation of a ControlNet that waits for its windows.
@@ -67,11 +74,8 @@ class _Waiting(NamedTuple):
         with _seeing(here and Seen(here, self.call)):
             down, middle = self.behind(**given | {"return_dict": False})
         if len(elements) * frames < len(marks):
-            down, middle = (
-                [_among(each, elements, len(marks) // frames) for each in some] for some in (down, [middle])
-            )
-            (middle,) = middle
-        return {"down_block_additional_residuals": list(down), "mid_block_additional_residual": middle}
+            middle, *down = [_among(each, elements, len(marks) // frames) for each in (middle, *down)]
+        return dict(zip(RESIDUALS, (middle, list(down))))
 
 
 class _ControlNet:
@@ -101,7 +105,9 @@ class _UNet:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         call = bound(self.pipe.unet, args, kwargs)
-        sample, waiting, marks = call["sample"], self._waiting(call), call.get("mid_block_additional_residual")
+        sample, waiting, marks = call["sample"], self._waiting(call), call.get(RESIDUALS[0])
+        if waiting:
+            call = {name: value for name, value in call.items() if name not in RESIDUALS[:2]}
         moving = sample.dim() == 5  # (B, C, frames, H, W): each window of all frames
         frames = sample.shape[2] if moving else 1
         canvas = sample.flatten(1, 2) if moving else sample
@@ -127,7 +133,7 @@ class _UNet:
 
     def _waiting(self, call):
         """The evaluation of the ControlNet whose residuals this one is given; None: it has none."""
-        if self.control is None or call.get("mid_block_additional_residual") is None:
+        if self.control is None or call.get(RESIDUALS[0]) is None:
             return None
         waiting, self.control.waiting = self.control.waiting, None
         return waiting
@@ -187,7 +193,9 @@ def windowed(
     if size is None:
         raise ValueError("window: expected cells, as the UNet's config has no sample_size, got None")
     size = tuple(size) if isinstance(size, list) else size
-    host = Windowed(size, bridging=bridging, window_batch_size=window_batch_size, wrap=wrap, align=align)
+    host = Windowed(
+        size, bridging=bridging, window_batch_size=window_batch_size, wrap=wrap, align=align, weight="linear"
+    )
     with contextlib.ExitStack() as stack:
         front = stack.enter_context(entered(pipe.unet, lambda behind: _UNet(behind, pipe, host)))
         if getattr(pipe, "controlnet", None) is not None:
@@ -225,13 +233,6 @@ def _seeing(seen: Seen | None) -> Iterator[None]:
         SEEN.reset(token)
 
 
-RESIDUALS = (
-    "down_block_additional_residuals",
-    "mid_block_additional_residual",
-    "down_intrablock_additional_residuals",
-)
-
-
 def arguments(call: dict[str, Any], place: Place, batch: int, cell: int, frames: int = 1) -> dict[str, Any]:
     """A network's arguments for windows, from those for the whole canvas.
 
@@ -243,11 +244,8 @@ def arguments(call: dict[str, Any], place: Place, batch: int, cell: int, frames:
     fitted = {name: _fitted(value, place, batch, frames) for name, value in call.items() if name not in RESIDUALS}
     for name in set(RESIDUALS) & set(call):
         given = call[name]
-        fitted[name] = (
-            [_coarse(each, place) for each in given]
-            if isinstance(given, (list, tuple))
-            else (given if given is None else _coarse(given, place))
-        )
+        several = isinstance(given, (list, tuple))
+        fitted[name] = [_coarse(each, place) for each in given] if several else _coarse(given, place)
     added = fitted.get("added_cond_kwargs") or {}
     if "time_ids" in added:
         fitted["added_cond_kwargs"] = added | {"time_ids": _time_ids(added["time_ids"], place, cell)}
@@ -274,6 +272,8 @@ def _fitted(value, place, batch, frames):
 
 def _coarse(residual, place):
     """The windows' part of a feature map (B, C, h, w) of a level of the network, the mean where cells are cut."""
+    if residual is None:
+        return None
     size = place.size
     k = -(-size[0] // residual.shape[-2])
     cells = residual.repeat_interleave(k, -2).repeat_interleave(k, -1)[..., : size[0], : size[1]]
