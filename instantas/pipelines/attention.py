@@ -7,7 +7,6 @@ every prompt's weight is laid out at each resolution; the layers (`instantas.pip
 from __future__ import annotations
 
 import contextlib
-import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -25,7 +24,7 @@ from instantas.pipelines.processors import (
     projections,
     with_prompts,
 )
-from instantas.pipelines.progress import Progress
+from instantas.pipelines.progress import Progress, is_running
 from instantas.regions import RegionMap, check_blend, region_lists
 from instantas.regions.prompts import PipelineEncoder, PromptBank, adapters, text_encoders, warn_of_cut
 from instantas.regions.weights import Place, PromptWeights
@@ -112,7 +111,7 @@ class RegionalPrompts:
                     f"{type(attn.processor).__name__} that was set since"
                 )
         scale = (call.get("cross_attention_kwargs") or {}).get("scale", 1.0)
-        running = self._pipe if _running(self._pipe) else None
+        running = self._pipe if is_running(self._pipe) else None
         with self._lock:
             if self._base is None:
                 expected = len(whole["sample"])
@@ -295,21 +294,6 @@ def _check_texts(texts, pipe, encode):
         if not text_encoders(pipe):
             raise ValueError(f"embeds: expected in every region, as the pipeline has no text encoder, got {texts[0]!r}")
         warn_of_cut(pipe, texts)
-
-
-def _running(pipe: Any) -> bool:
-    """Whether the pipeline's own call runs in this thread: only then what it says of a call is of this one."""
-    frame = None if pipe is None else sys._getframe(1)
-    while frame is not None:
-        if frame.f_code.co_name == "__call__" and _held(frame.f_locals.get("self")) is _held(pipe):
-            return True
-        frame = frame.f_back
-    return False
-
-
-def _held(pipe):
-    """The diffusers pipeline inside of an `InstantASPipeline`."""
-    return getattr(pipe, "pipe", pipe)
 
 
 def _weights(module: torch.nn.Module) -> tuple:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -15,8 +16,11 @@ class Progress:
     model. It begins with new timesteps, or with a timestep that lies before the last one.
 
     Attributes:
-        index: in the scheduler's timesteps, of the evaluation that was asked for last; None: none was.
+        step, steps: how many evaluations of the run lay behind the one that was asked for last, of how many.
+        index: of that one's timestep in the scheduler's; None: none was asked for.
     """
+
+    step, steps = 0, 1
 
     def __init__(self):
         self._timesteps = self._values = self._first = self.index = None
@@ -40,8 +44,9 @@ class Progress:
             self._first = self._begin(scheduler, places, evaluations)
             index = max(self._first, self._index(scheduler, places))
         self.index = index
-        length = min(evaluations or len(self._values), len(self._values) - self._first)
-        return min(index - self._first, length - 1) / length
+        self.steps = min(evaluations or len(self._values), len(self._values) - self._first)
+        self.step = min(index - self._first, self.steps - 1)
+        return self.step / self.steps
 
     def _index(self, scheduler, places):
         """Which of the places with this timestep the scheduler has come to."""
@@ -63,3 +68,18 @@ class Progress:
             return count - evaluations if count - evaluations in places else 0
         # of a doubled timestep the second is where a step begins: the first ends the one before
         return places[min(1, len(places) - 1)] if hasattr(scheduler, "index_for_timestep") else places[0]
+
+
+def is_running(pipe: Any) -> bool:
+    """Whether the pipeline's own call runs in this thread: only then what it says of a call is of this one."""
+    frame = None if pipe is None else sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "__call__" and _held(frame.f_locals.get("self")) is _held(pipe):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _held(pipe):
+    """The diffusers pipeline inside of an `InstantASPipeline`."""
+    return getattr(pipe, "pipe", pipe)

@@ -20,7 +20,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from diffusers.models.unets.unet_motion_model import UNetMotionOutput
 
 from instantas.pipelines.entry import SEEN, Seen, bound, entered, module_of
-from instantas.pipelines.progress import Progress
+from instantas.pipelines.progress import Progress, is_running
 from instantas.sampling.bridging import Bridge
 from instantas.sampling.hosted import Place, Windowed
 from instantas.sampling.noise import levels
@@ -123,9 +123,9 @@ class _UNet:
                 predicted = self.behind(**given | residuals | {"return_dict": False})[0]
             return predicted.flatten(1, 2) if moving else predicted
 
-        step, stream = self._evaluation(call["timestep"])
-        form = {} if self.levels is None else dict(carry=lambda level: level.carry, mark=self.levels[step])
-        merged = self.host(evaluate, canvas, step, len(self.timesteps), stream=stream, **form)
+        index, stream = self._evaluation(call["timestep"])
+        form = {} if self.levels is None else dict(carry=lambda level: level.carry, mark=self.levels[index])
+        merged = self.host(evaluate, canvas, self.progress.step, self.progress.steps, stream=stream, **form)
         merged = merged.unflatten(1, (-1, frames)) if moving else merged
         if not call.get("return_dict", True):
             return (merged,)
@@ -144,9 +144,10 @@ class _UNet:
         if scheduler.timesteps is not self.timesteps:  # a new run
             self.host.reset()
             self.timesteps, self.levels, self.evaluation = scheduler.timesteps, levels(scheduler), None
-        self.progress(scheduler, timestep, getattr(self.pipe, "_num_timesteps", None))
-        step, (before, count) = self.progress.index, self.evaluation or (None, 0)
-        self.evaluation = step, count + 1 if step == before else 0
+        evaluations = getattr(self.pipe, "_num_timesteps", None) if is_running(self.pipe) else None
+        self.progress(scheduler, timestep, evaluations)
+        index, (before, count) = self.progress.index, self.evaluation or (None, 0)
+        self.evaluation = index, count + 1 if index == before else 0
         return self.evaluation
 
 

@@ -162,9 +162,37 @@ KINDS = {
         xl("StableDiffusionXLControlNetPipeline", controlnet=lambda: xl_controlnet()),
         controlled,
     ),
+    "SDXL ControlNet img2img": (
+        xl("StableDiffusionXLControlNetImg2ImgPipeline", controlnet=lambda: xl_controlnet()),
+        restarted,
+    ),
+    "SDXL ControlNet inpaint": (
+        xl("StableDiffusionXLControlNetInpaintPipeline", controlnet=lambda: xl_controlnet()),
+        lambda size: restarted(size) | dict(mask_image=mask(size)),
+    ),
+    "SDXL T2I-Adapter": (xl("StableDiffusionXLAdapterPipeline", adapter=adapter), controlled),
+    "SDXL PAG": (xl("StableDiffusionXLPAGPipeline"), lambda size: sized(size) | dict(pag_scale=2.0)),
+    "PAG ControlNet": (
+        of("StableDiffusionControlNetPAGPipeline", controlnet=tiny_controlnet),
+        lambda size: controlled(size) | dict(pag_scale=2.0),
+    ),
+    "PAG img2img": (of("StableDiffusionPAGImg2ImgPipeline"), lambda size: started(size) | dict(pag_scale=2.0)),
     "AnimateDiff": (
         bare("AnimateDiffPipeline", motion_adapter=motion),
         lambda size: sized(size) | dict(num_frames=2),
+    ),
+    "AnimateDiff ControlNet": (
+        bare(
+            "AnimateDiffControlNetPipeline",
+            motion_adapter=motion,
+            controlnet=tiny_controlnet,
+            feature_extractor=lambda: None,
+        ),
+        lambda size: sized(size) | dict(num_frames=2, conditioning_frames=[picture(size), picture(size, 1)]),
+    ),
+    "AnimateDiff video to video": (
+        bare("AnimateDiffVideoToVideoPipeline", motion_adapter=motion),
+        lambda size: sized(size) | dict(video=[picture(size), picture(size, 1)], strength=0.9),
     ),
 }
 """Name -> how the pipeline is made, and its arguments for a picture of (height, width) pixels."""
@@ -257,6 +285,20 @@ def test_with_other_schedulers_too(kind, bridging):
 def test_other_kinds_that_our_own_pipeline_paints(kind):
     make, arguments = KINDS[kind]
     assert same_as_our_own(make(), arguments(LARGE), wrap=(False, True))
+
+
+@pytest.mark.parametrize("bridging", ["shift", "economy", "dilated"])
+@pytest.mark.parametrize("kind", ["DDIMScheduler", "HeunDiscreteScheduler", "PNDMScheduler"])
+def test_a_run_that_begins_with_a_picture_counts_its_own_steps(kind, bridging):
+    theirs, ours = (
+        tiny_pipeline(kind=kind_of_pipe, scheduler=tiny.scheduler(kind=getattr(diffusers, kind)))
+        for kind_of_pipe in (diffusers.StableDiffusionImg2ImgPipeline, diffusers.StableDiffusionPipeline)
+    )
+    arguments = started(LARGE) | dict(num_inference_steps=6, strength=0.6)
+    with windowed(theirs, bridging=bridging):
+        given = painted(theirs, arguments)
+    own = painted(InstantASPipeline(ours), arguments | sized(LARGE) | dict(bridging=bridging))
+    assert difference(given, own) < 1e-4
 
 
 def test_several_prompts_and_windows_at_once():
