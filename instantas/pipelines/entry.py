@@ -96,7 +96,7 @@ def entered(network: torch.nn.Module, make: Callable[[Callable], Callable]) -> I
     with _CHANGING:
         entry = Entry.of(network) or Entry(network)
         if any(user.module is module_of(network) for user in _HERE.get()):
-            raise ValueError("pipe: expected a UNet that sees whole canvases, got one that is windowed already")
+            raise ValueError("pipe: expected networks that see whole canvases, got one that is windowed already")
         user = User(module_of(network), make(entry.behind))
         entry.users.append(user)
         vars(network)[SLOT] = entry

@@ -368,7 +368,7 @@ def test_networks_are_as_they_were_after_any_end():
 def test_a_second_block_is_refused_and_the_first_goes_on():
     pipe = tiny_pipeline()
     with windowed(pipe):
-        with pytest.raises(ValueError, match="pipe: expected a UNet that sees whole canvases"), windowed(pipe):
+        with pytest.raises(ValueError, match="pipe: expected networks that see whole canvases"), windowed(pipe):
             pass
         calls = recorded(pipe, [pipe.unet])
         painted(pipe, sized(LARGE))
