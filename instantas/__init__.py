@@ -14,10 +14,12 @@ _HOMES = {  # name -> the module that has it; of a module, itself
     "RegionMap": "instantas.regions",
     "RegionalAttnProcessor": "instantas.pipelines.attention",
     "WindowPlan": "instantas.windows",
+    "Windowed": "instantas.sampling.hosted",
     "demo": "instantas.demo",
     "ops": "instantas.ops",
     "regional_prompts": "instantas.pipelines.attention",
     "sample": "instantas.sampling.sampler",
+    "windowed": "instantas.pipelines.windowed",
 }
 
 __all__ = [
@@ -26,18 +28,22 @@ __all__ = [
     "RegionMap",
     "RegionalAttnProcessor",
     "WindowPlan",
+    "Windowed",
     "__version__",
     "demo",
     "ops",
     "regional_prompts",
     "sample",
+    "windowed",
 ]
 
 if TYPE_CHECKING:
     from instantas import demo, ops
     from instantas.pipelines.attention import RegionalAttnProcessor, regional_prompts
     from instantas.pipelines.pipeline import InstantASPipeline
+    from instantas.pipelines.windowed import windowed
     from instantas.regions import Region, RegionMap
+    from instantas.sampling.hosted import Windowed
     from instantas.sampling.sampler import sample
     from instantas.windows import WindowPlan
 

@@ -17,10 +17,22 @@ def loaded(statement: str) -> set[str]:
 
 
 def test_the_names_of_the_face_are_there():
-    from instantas import InstantASPipeline, Region, RegionMap, WindowPlan, demo, ops, regional_prompts, sample
+    from instantas import (
+        InstantASPipeline,
+        Region,
+        RegionMap,
+        Windowed,
+        WindowPlan,
+        demo,
+        ops,
+        regional_prompts,
+        sample,
+        windowed,
+    )
 
     assert InstantASPipeline.__name__ == "InstantASPipeline" and WindowPlan.minimum_coverage(64, 256).count == 4
     assert callable(sample) and callable(regional_prompts) and ops.backends() and demo.PROMPTS
+    assert callable(windowed) and Windowed(8).window == (8, 8)
     assert {Region.__module__, RegionMap.__module__} == {"instantas.regions"}
 
 

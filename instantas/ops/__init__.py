@@ -10,7 +10,7 @@ torch.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, overload
 
 import torch
 
@@ -93,6 +93,40 @@ def scatter_windows(windows: torch.Tensor, plan: WindowPlan, weight: torch.Tenso
     check_tensor("windows", windows, "(B, n, C, h, w)", (None, plan.count, None, *plan.window))
     check_weight(weight, plan, windows)
     return torch.ops.instantas.scatter_windows(windows, weight, *plan.tables(windows.device), plan.geometry, True)
+
+
+@overload
+def guided_step(
+    cond: torch.Tensor,
+    uncond: torch.Tensor | None,
+    sample: torch.Tensor,
+    plan: WindowPlan,
+    coefficients: Sequence[float] | torch.Tensor,
+    guidance_scale: float | torch.Tensor,
+    *,
+    weight: torch.Tensor | None = None,
+    history: torch.Tensor | None = None,
+    keep: Sequence[float] | torch.Tensor = (0.0, 1.0),
+    latest: None = None,
+    carry: Sequence[float] | torch.Tensor = (0.0, 1.0),
+) -> tuple[torch.Tensor, torch.Tensor | None]: ...
+
+
+@overload
+def guided_step(
+    cond: torch.Tensor,
+    uncond: torch.Tensor | None,
+    sample: torch.Tensor,
+    plan: WindowPlan,
+    coefficients: Sequence[float] | torch.Tensor,
+    guidance_scale: float | torch.Tensor,
+    *,
+    weight: torch.Tensor | None = None,
+    history: torch.Tensor | None = None,
+    keep: Sequence[float] | torch.Tensor = (0.0, 1.0),
+    latest: torch.Tensor,
+    carry: Sequence[float] | torch.Tensor = (0.0, 1.0),
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]: ...
 
 
 def guided_step(

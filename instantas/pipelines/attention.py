@@ -7,9 +7,6 @@ every prompt's weight is laid out at each resolution; the layers (`instantas.pip
 from __future__ import annotations
 
 import contextlib
-import functools
-import inspect
-import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -18,6 +15,7 @@ import torch
 from diffusers.models.attention_processor import Attention
 from diffusers.utils import USE_PEFT_BACKEND, scale_lora_layers, unscale_lora_layers
 
+from instantas.pipelines.entry import SEEN, bound, signature
 from instantas.pipelines.processors import (
     Attended,
     RegionalAttnProcessor,
@@ -26,7 +24,7 @@ from instantas.pipelines.processors import (
     projections,
     with_prompts,
 )
-from instantas.pipelines.progress import Progress
+from instantas.pipelines.progress import Progress, is_running
 from instantas.regions import RegionMap, check_blend, region_lists
 from instantas.regions.prompts import PipelineEncoder, PromptBank, adapters, text_encoders, warn_of_cut
 from instantas.regions.weights import Place, PromptWeights
@@ -101,10 +99,9 @@ class RegionalPrompts:
 
     def prepare(self, layers: dict[Attention, RegionalAttnProcessor], args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """The arguments with which the network is evaluated in place of these, which say what its layers attend to."""
-        kind: Any = type(self.module)
-        signature: inspect.Signature = _signature(kind)
-        call = signature.bind(self.module, *args, **kwargs).arguments
-        sample, embeddings = call["sample"], call["encoder_hidden_states"]
+        call, seen = bound(self.module, args, kwargs), SEEN.get()
+        whole = call if seen is None else seen.call
+        sample, embeddings = call["sample"], whole["encoder_hidden_states"]
         if call.get("encoder_attention_mask") is not None:
             raise ValueError("encoder_attention_mask: expected None with regional prompts, got a mask")
         for attn, processor in layers.items():
@@ -114,18 +111,19 @@ class RegionalPrompts:
                     f"{type(attn.processor).__name__} that was set since"
                 )
         scale = (call.get("cross_attention_kwargs") or {}).get("scale", 1.0)
-        running = self._pipe if _running(self._pipe) else None
+        running = self._pipe if is_running(self._pipe) else None
         with self._lock:
             if self._base is None:
-                if len(embeddings) != len(sample):
-                    raise ValueError(f"encoder_hidden_states: expected {len(sample)} prompts, got {len(embeddings)}")
+                expected = len(whole["sample"])
+                if len(embeddings) != expected:
+                    raise ValueError(f"encoder_hidden_states: expected {expected} prompts, got {len(embeddings)}")
                 self.bank.update(embeddings, self._encode or self._encoder(running, scale))
-            place = self._place or self._whole(sample, call, running)
+            place = self._place or self._placed(whole, seen and seen.place, running)
             if self._weights is None or self._weights.regions is not self.regions:
                 self._weights = PromptWeights(self.regions, self.bank, self.mode == "joint")
             layout = self._weights.layout(place, sample.shape, sample.device, self._base)
             keys, values = zip(*self._project(layers, scale))
-        position = list(signature.parameters).index("encoder_hidden_states") - 1
+        position = list(signature(type(self.module)).parameters).index("encoder_hidden_states") - 1
         return with_prompts(args, kwargs, position, Attended(layout, keys, values, self.mode))
 
     def _encoder(self, running, scale):
@@ -136,8 +134,9 @@ class RegionalPrompts:
         lora_scale = scale if running is None else (kwargs or {}).get("scale", 1.0)
         return PipelineEncoder(self._pipe, clip_skip, None if lora_scale == 1.0 else lora_scale)
 
-    def _whole(self, sample, call, running):
-        """The place of a batch of whole canvases."""
+    def _placed(self, call, windows, running):
+        """The place of a batch of whole canvases, which `call` is of, or of those windows of each (`hosted.Place`)."""
+        sample = call["sample"]
         size = tuple(sample.shape[-2:])
         if self.regions is None or (self._settings and self.regions.latents != size):
             cell = self._settings["cell"]
@@ -151,7 +150,12 @@ class RegionalPrompts:
             if scheduler is None:
                 raise ValueError("scheduler: expected the one in use, as regions change over the run, got None")
             progress = self._progress(scheduler, call["timestep"], getattr(running, "_num_timesteps", None))
-        return Place.whole(pictures, size, progress, self.regions.masks.device)
+        device = self.regions.masks.device
+        if windows is None:
+            return Place.whole(pictures, size, progress, device)
+        rows = torch.cartesian_prod(torch.arange(pictures), torch.tensor(windows.numbers))
+        origins = windows.origins[: len(rows)].to(device)  # the same for each of the batch's elements
+        return Place(windows.plan, rows, origins, progress, windows.view)
 
     def _is_guided(self, batch, call, running):
         """Whether a batch is [uncond, cond]: as was said, as the running pipeline says, or as alone fits its size."""
@@ -290,26 +294,6 @@ def _check_texts(texts, pipe, encode):
         if not text_encoders(pipe):
             raise ValueError(f"embeds: expected in every region, as the pipeline has no text encoder, got {texts[0]!r}")
         warn_of_cut(pipe, texts)
-
-
-def _running(pipe: Any) -> bool:
-    """Whether the pipeline's own call runs in this thread: only then what it says of a call is of this one."""
-    frame = None if pipe is None else sys._getframe(1)
-    while frame is not None:
-        if frame.f_code.co_name == "__call__" and _held(frame.f_locals.get("self")) is _held(pipe):
-            return True
-        frame = frame.f_back
-    return False
-
-
-def _held(pipe):
-    """The diffusers pipeline inside of an `InstantASPipeline`."""
-    return getattr(pipe, "pipe", pipe)
-
-
-@functools.cache
-def _signature(kind: Any) -> inspect.Signature:
-    return inspect.signature(inspect.unwrap(kind.forward))
 
 
 def _weights(module: torch.nn.Module) -> tuple:

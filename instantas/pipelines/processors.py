@@ -30,6 +30,7 @@ from diffusers.models.attention_processor import (
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 
 from instantas import ops
+from instantas.pipelines.entry import SLOT, Entry
 from instantas.regions.weights import Layout
 
 PLAIN = (AttnProcessor, AttnProcessor2_0, FusedAttnProcessor2_0, SlicedAttnProcessor, XFormersAttnProcessor)
@@ -271,7 +272,8 @@ class Installation:
             attn.set_processor(processor)
         for block in self.blocks:
             self._undo.append(block.register_forward_pre_hook(_tell_grid, with_kwargs=True).remove)
-        compiled = getattr(self.network, "_compiled_call_impl", None)
+        entry = Entry.of(self.network)
+        compiled = getattr(self.network, SLOT, None) if entry is None else entry.compiled
         if compiled is None:
             hook = self.network.register_forward_pre_hook(lambda _, a, k: self._prepared(a, k), with_kwargs=True)
             self._undo.append(hook.remove)
@@ -281,8 +283,9 @@ class Installation:
                 args, kwargs = self._prepared(args, kwargs)
                 return compiled(*args, **kwargs)
 
-            self._undo.append(lambda: setattr(self.network, "_compiled_call_impl", compiled))
-            self.network._compiled_call_impl = call
+            where, name = (self.network, SLOT) if entry is None else (entry, "compiled")
+            self._undo.append(lambda: setattr(where, name, compiled))
+            setattr(where, name, call)
 
     @torch.compiler.disable
     def _prepared(self, args, kwargs):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -13,10 +14,16 @@ class Progress:
     As in `sampler.sample` evaluations count: the second one of a step of Heun is one further. A run is what the loop
     goes through: a part of the scheduler's timesteps where a picture is the start, or where the end is left to another
     model. It begins with new timesteps, or with a timestep that lies before the last one.
+
+    Attributes:
+        step, steps: how many evaluations of the run lay behind the one that was asked for last, of how many.
+        index: of that one's timestep in the scheduler's; None: none was asked for.
     """
 
+    step, steps = 0, 1
+
     def __init__(self):
-        self._timesteps = self._values = self._first = self._last = None
+        self._timesteps = self._values = self._first = self.index = None
 
     def __call__(self, scheduler: Any, timestep: torch.Tensor | float, evaluations: int | None = None) -> float:
         """From 0 to below 1; waits for the device that timesteps are on.
@@ -28,17 +35,18 @@ class Progress:
         """
         if scheduler.timesteps is not self._timesteps:
             self._timesteps, self._values = scheduler.timesteps, [float(t) for t in scheduler.timesteps]
-            self._first = self._last = None
+            self._first = self.index = None
         now = float(timestep.flatten()[0] if isinstance(timestep, torch.Tensor) else timestep)
         nearest = min(abs(t - now) for t in self._values)
         places = [i for i, t in enumerate(self._values) if abs(t - now) == nearest]
         index = self._index(scheduler, places)
-        if self._last is None or index < self._last:
+        if self.index is None or index < self.index:
             self._first = self._begin(scheduler, places, evaluations)
             index = max(self._first, self._index(scheduler, places))
-        self._last = index
-        length = min(evaluations or len(self._values), len(self._values) - self._first)
-        return min(index - self._first, length - 1) / length
+        self.index = index
+        self.steps = min(evaluations or len(self._values), len(self._values) - self._first)
+        self.step = min(index - self._first, self.steps - 1)
+        return self.step / self.steps
 
     def _index(self, scheduler, places):
         """Which of the places with this timestep the scheduler has come to."""
@@ -47,7 +55,7 @@ class Progress:
             taken = self._first + getattr(scheduler, "counter", 0)
         if taken in places:
             return taken
-        return next((place for place in places if self._last is None or place >= self._last), places[0])
+        return next((place for place in places if self.index is None or place >= self.index), places[0])
 
     def _begin(self, scheduler, places, evaluations):
         """Where in the timesteps the run has begun."""
@@ -60,3 +68,18 @@ class Progress:
             return count - evaluations if count - evaluations in places else 0
         # of a doubled timestep the second is where a step begins: the first ends the one before
         return places[min(1, len(places) - 1)] if hasattr(scheduler, "index_for_timestep") else places[0]
+
+
+def is_running(pipe: Any) -> bool:
+    """Whether the pipeline's own call runs in this thread: only then what it says of a call is of this one."""
+    frame = None if pipe is None else sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "__call__" and _held(frame.f_locals.get("self")) is _held(pipe):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _held(pipe):
+    """The diffusers pipeline inside of an `InstantASPipeline`."""
+    return getattr(pipe, "pipe", pipe)

@@ -101,7 +101,7 @@ class PromptWeights:
         Args:
             batch: (B, C, h, w).
             base: (pictures, branches) of which the bank has base prompts, branches with the conditional one first;
-                None: it has those of the batch's elements.
+                None: those of [uncond, cond] or [cond] of the place's pictures, as they come in the batch.
 
         Raises:
             ValueError: for a batch that is not of the windows, and for numbers of pictures that do not fit.
@@ -133,7 +133,7 @@ class PromptWeights:
 
     def _attended(self, rows, branches, device, base):
         """On the device: the ids, the slots of the regions in them as one-hot rows, the list of each row's picture."""
-        pictures = len(rows) if base is None else base[0]
+        pictures = int(rows[:, 0].max()) + 1 if base is None else base[0]
         if pictures % self.regions.pictures:
             raise ValueError(
                 f"regions: expected one list, or one for each of {pictures} pictures, got {self.regions.pictures}"
@@ -144,7 +144,7 @@ class PromptWeights:
             if any(version != self.bank.version for version, *_ in self._placed):
                 self._placed.clear()
             lists = rows[:, 0] * self.regions.pictures // pictures
-            elements = _elements(rows[:, 0].tolist(), lists.tolist(), branches, base)
+            elements = _elements(rows[:, 0].tolist(), lists.tolist(), branches, base, pictures)
             ids, slots = self.bank.attended(elements, self.regions.masks.shape[1])
             # float64: products with 0 and 1, which no reduced precision of matrix products may round
             slots = torch.nn.functional.one_hot(slots, ids.shape[1]).double()
@@ -154,16 +154,16 @@ class PromptWeights:
         return self._placed[placed]
 
 
-def _elements(pictures, lists, branches, base):
+def _elements(pictures, lists, branches, base, count):
     """(base prompt, list of regions, whether conditional) of each element of the batch."""
     if base is not None and base[1] < branches:
         raise ValueError("sample: expected conditional windows alone, as there is no negative prompt")
     elements = []
     for branch in range(branches):
         conditional = branch == branches - 1
-        for row, (picture, regions) in enumerate(zip(pictures, lists)):
+        for picture, regions in zip(pictures, lists):
             if base is None:
-                prompt = branch * len(pictures) + row
+                prompt = branch * count + picture
             else:
                 prompt = picture if conditional else base[0] + picture
             elements.append((prompt, regions, conditional))

@@ -21,7 +21,7 @@ from instantas.sampling.bridging import Bridge, Stage, View, bridge
 from instantas.sampling.evaluator import Batches
 from instantas.sampling.noise import Level
 from instantas.sampling.prediction import Prediction, predict
-from instantas.windows import WindowPlan, cut
+from instantas.windows import WEIGHT_KINDS, WindowPlan, cut
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class Place:
         pictures: (m,) int64 on x's device, the element of the host's batch that each window is of, in its order: all
             windows of the first element, then all of the second, so that [uncond, cond] stays that.
         origins: (m, 2) int32 on x's device, the (y, x) of each.
+        numbers: of the plan's windows, those that each element of the batch has here.
         progress: step / steps.
         view: what they are cut from (`bridging.View`); None: the canvas.
         level: what the host gave as `mark`.
@@ -41,6 +42,7 @@ class Place:
     plan: WindowPlan
     pictures: torch.Tensor
     origins: torch.Tensor
+    numbers: range
     progress: float
     view: View | None = None
     level: Any = None
@@ -51,12 +53,12 @@ class Place:
         count = stage.plan.count
         pictures = torch.arange(batch, device=device).repeat_interleave(count)
         origins = stage.plan.tables(device).origins.repeat(batch, 1)
-        return cls(stage.plan, pictures, origins, progress, stage.view, level)
+        return cls(stage.plan, pictures, origins, range(count), progress, stage.view, level)
 
     def subset(self, some: slice) -> Place:
         """Some of the windows of all elements, from the place of all windows."""
         pictures, origins = (t.unflatten(0, (-1, self.plan.count))[:, some] for t in (self.pictures, self.origins))
-        return replace(self, pictures=pictures.flatten(), origins=origins.flatten(0, 1))
+        return replace(self, pictures=pictures.flatten(), origins=origins.flatten(0, 1), numbers=self.numbers[some])
 
     @property
     def size(self) -> tuple[int, int]:
@@ -118,6 +120,7 @@ class Windowed:
             warning, when memory is out.
         wrap: (vertical, horizontal): whether the canvas is a circle along the axis.
         align: windows begin at multiples of so many cells; canvas and window must be multiples too.
+        weight: kind of `WindowPlan.weight`, for windows that have to overlap where they rest.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
@@ -131,12 +134,15 @@ class Windowed:
         window_batch_size: int | None = None,
         wrap: bool | tuple[bool, bool] = (False, False),
         align: int = 1,
+        weight: str = "uniform",
     ):
         self.window, self.wrap = pair("window", window, positive), pair("wrap", wrap, flag)
         self.bridging, self.align = bridge(bridging), positive("align", align)
         if any(side % self.align for side in self.window):
             raise ValueError(f"align: expected a divisor of the window {self.window}, got {self.align}")
-        self.batches = Batches(window_batch_size)
+        if weight not in WEIGHT_KINDS:
+            raise ValueError(f"weight: expected one of {', '.join(WEIGHT_KINDS)}, got {weight!r}")
+        self.weight, self.batches = weight, Batches(window_batch_size)
         self._stages: dict[tuple, list[Stage]] = {}
         self._latest: dict[Hashable, tuple[int, torch.Size, torch.Tensor]] = {}  # (step, x's shape, predictions)
 
@@ -201,7 +207,7 @@ class Windowed:
         stages = self._stages_of(size, steps)
         stage, latest = stages[step], self._known(streams, step, x)
         if stage.plan.partial and latest is None:  # a run may begin at any step, and then has nothing to re-use
-            stage = Stage(self.plan(size))
+            stage = self._resting(size)
         place = Place.of(stage, len(x), step / steps, mark, x.device)
         if stage.plan.count == 1 and stage.plan.window == size and not stage.plan.origins.any() and not stage.adjust:
             return evaluate(x, place)
@@ -247,13 +253,17 @@ class Windowed:
 
     def _stages_of(self, size, steps):
         if (size, steps) not in self._stages:
-            plan = self.plan(size)
-            if self.bridging is None:
-                self._stages[size, steps] = [Stage(plan)] * steps
-            else:
-                stages = (self.bridging.step(i, steps, plan) for i in range(steps))
-                self._stages[size, steps] = [self._aligned(stage) for stage in stages]
+            resting = self._resting(size)
+            stages = [resting] * steps
+            if self.bridging is not None:
+                stages = [self._aligned(self.bridging.step(i, steps, resting.plan)) for i in range(steps)]
+            weights = [resting.weight if stage.weight is None else stage.weight for stage in stages]
+            self._stages[size, steps] = [replace(stage, weight=w) for stage, w in zip(stages, weights)]
         return self._stages[size, steps]
+
+    def _resting(self, size):
+        plan = self.plan(size)
+        return Stage(plan, plan.weight(self.weight) if plan.overlap and self.weight != "uniform" else None)
 
     def _aligned(self, stage):
         if self.align == 1 or stage.view is not None:

@@ -52,7 +52,12 @@ class Prediction:
         return replace(self, latest=latest, carry=carry)
 
     def step(
-        self, sample: torch.Tensor, coefficients: torch.Tensor, guidance: Any, keep: torch.Tensor, history=None
+        self,
+        sample: torch.Tensor,
+        coefficients: torch.Tensor,
+        guidance: Any,
+        keep: torch.Tensor,
+        history: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """`ops.guided_step` of the sample: the new sample, history and latest predictions (None: nothing is kept)."""
         settings: dict[str, Any] = dict(weight=self.weight, history=history, keep=keep)

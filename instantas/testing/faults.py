@@ -69,21 +69,29 @@ FAULTS = {
 }
 
 
-def shows(fault: str, query, key, value, ids, weights) -> bool:
+def shows(
+    fault: str,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+) -> bool:
     """Whether an example has what the fault gets wrong: one token alone has all the probability, for instance."""
     shares = _shares(key, ids, weights)
     if not shares.any():
         return False
     if fault == "a neighbour's region":
-        return not torch.equal(_shares(key, ids, weights.roll(1, dims=1)), shares)
+        return not torch.allclose(_shares(key, ids, weights.roll(1, dims=1)), shares)
     needed = {"a missing scale": query.shape[-1], "a row shifted": query.shape[1]}.get(fault, 2)
     return key.shape[1] > 1 and needed > 1
 
 
 def _shares(key, ids, weights):
-    """(B, P, N): what each prompt of the bank has of each query."""
+    """(B, P, N): the share that each prompt of the bank has of each query."""
     chosen = ids[..., None] == torch.arange(len(key))
-    return torch.einsum("brp,brn->bpn", chosen.double(), weights.double())
+    total = torch.einsum("brp,brn->bpn", chosen.double(), weights.double())
+    return total / total.sum(1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
 
 
 def planted(fault: str | None, operation: str = OPERATIONS[0]) -> Backend:

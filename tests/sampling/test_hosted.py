@@ -48,9 +48,10 @@ def hosted_run(host, x, steps=9):
     return x
 
 
-def own_run(x, bridging, steps=9, **settings):
+def own_run(x, bridging, steps=9, weight=None, **settings):
     plan = WindowPlan.minimum_coverage(*x.shape[-2:], WINDOW, **settings)
-    return sample(lambda w, t, context: network(w), x, plan, euler(), num_inference_steps=steps, bridging=bridging)
+    given = dict(num_inference_steps=steps, bridging=bridging, weight=weight and plan.weight(weight))
+    return sample(lambda w, t, context: network(w), x, plan, euler(), **given)
 
 
 def difference(ours, theirs):
@@ -62,6 +63,14 @@ def difference(ours, theirs):
 def test_a_hosts_loop_and_our_own_agree(bridging, size):
     x = noise(*size)
     assert difference(hosted_run(Windowed(WINDOW, bridging=bridging), x), own_run(x, bridging)) <= 1e-5
+
+
+@pytest.mark.parametrize("bridging", ["none", "shift", "economy", "dilated"])
+def test_windows_that_overlap_may_give_way_to_each_other_slowly(bridging):
+    x = noise(20, 13)
+    hosted = hosted_run(Windowed(WINDOW, bridging=bridging, weight="linear"), x)
+    assert difference(hosted, own_run(x, bridging, weight="linear")) <= 1e-5
+    assert difference(hosted, own_run(x, bridging)) > 1e-3
 
 
 @pytest.mark.parametrize("bridging", ["none", "shift"])
@@ -280,6 +289,7 @@ def test_steps_of_a_schedule():
         (lambda: Windowed(0), "window: expected a positive integer"),
         (lambda: Windowed(8, align=3), r"align: expected a divisor of the window \(8, 8\), got 3"),
         (lambda: Windowed(8, bridging="shfit"), "bridging: expected one of"),
+        (lambda: Windowed(8, weight="cubic"), "weight: expected one of uniform, linear"),
         (lambda: Windowed(8, window_batch_size=0), "window_batch_size: expected a positive integer or None"),
         (
             lambda: Windowed(8, align=4)(network, noise(10, 16), 0, 1),
