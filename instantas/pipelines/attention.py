@@ -123,7 +123,7 @@ class RegionalPrompts:
                 self._weights = PromptWeights(self.regions, self.bank, self.mode == "joint")
             layout = self._weights.layout(place, sample.shape, sample.device, self._base)
             keys, values = zip(*self._project(layers, scale))
-        position = list(signature(type(self.module)).parameters).index("encoder_hidden_states") - 1
+        position = list(signature(self.module).parameters).index("encoder_hidden_states") - 1
         return with_prompts(args, kwargs, position, Attended(layout, keys, values, self.mode))
 
     def _encoder(self, running, scale):

@@ -119,11 +119,16 @@ def module_of(network: Any) -> torch.nn.Module:
 
 def bound(network: Any, args: tuple, kwargs: dict) -> dict[str, Any]:
     """Arguments of a network's call by name."""
-    named = signature(type(module_of(network))).bind(None, *args, **kwargs).arguments
+    named = signature(network).bind(None, *args, **kwargs).arguments
     return {name: value for name, value in named.items() if name != "self"}
 
 
+def signature(network: Any) -> inspect.Signature:
+    """Of the forward of a network's kind."""
+    kind: Any = type(module_of(network))
+    return _signature(kind)
+
+
 @functools.cache
-def signature(kind: Any) -> inspect.Signature:
-    """Of the forward of a kind of module."""
+def _signature(kind: Any) -> inspect.Signature:
     return inspect.signature(inspect.unwrap(kind.forward))

@@ -71,7 +71,7 @@ class _Waiting(NamedTuple):
             rows = len(elements) * len(place.numbers)
             here = replace(place, pictures=place.pictures[:rows], origins=place.origins[:rows])
             given = arguments(self.call, here, len(elements), self.cell, frames)
-        with _seeing(here and Seen(here, self.call)):
+        with _seeing(None if here is None else Seen(here, self.call)):
             down, middle = self.behind(**given | {"return_dict": False})
         if len(elements) * frames < len(marks):
             middle, *down = [_among(each, elements, len(marks) // frames) for each in (middle, *down)]
@@ -119,12 +119,14 @@ class _UNet:
                 given = arguments(call | {"sample": None}, place, len(sample), self.pipe.vae_scale_factor, frames)
                 given |= {"sample": windows.unflatten(1, sample.shape[1:3]) if moving else windows}
             residuals = waiting.residuals(here, marks, frames) if waiting else {}
-            with _seeing(here and Seen(here, call)):
+            with _seeing(None if here is None else Seen(here, call)):
                 predicted = self.behind(**given | residuals | {"return_dict": False})[0]
             return predicted.flatten(1, 2) if moving else predicted
 
         index, stream = self._evaluation(call["timestep"])
-        form = {} if self.levels is None else dict(carry=lambda level: level.carry, mark=self.levels[index])
+        form: dict[str, Any] = {}
+        if self.levels is not None:
+            form = dict(carry=lambda level: level.carry, mark=self.levels[index])
         merged = self.host(evaluate, canvas, self.progress.step, self.progress.steps, stream=stream, **form)
         merged = merged.unflatten(1, (-1, frames)) if moving else merged
         if not call.get("return_dict", True):
