@@ -373,7 +373,7 @@ def regional_hooks(regions, mode="blend", uuids=("positive",)):
 
 def test_windows_have_their_part_of_the_regions_and_the_negative_prompt_none():
     plan = WindowPlan.minimum_coverage(12, 20, WINDOW)
-    place = Place(plan, torch.arange(2).repeat_interleave(2), torch.tensor([[0, 0], [4, 12]] * 2).int(), 0.0)
+    place = Place(plan, torch.arange(2).repeat_interleave(2), torch.tensor([[0, 0], [4, 12]] * 2).int(), range(2), 0.0)
     hooks = regional_hooks(listed((prompt(7), left())))
     bank, layout = lay_out(hooks, noise(WINDOW, WINDOW, batch=4), place)[ATTENDED]
     assert bank.shape == (3, 7, 32)  # positive, negative, the region's
