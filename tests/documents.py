@@ -39,7 +39,8 @@ def run_readme(page: Path) -> None:
     call = InstantASPipeline.__call__
 
     def quick(self, *arguments, **settings):
-        return call(self, *arguments, **settings | {"num_inference_steps": 1})
+        few = {"num_inference_steps": 1} | {name: 1.0 for name in settings if name == "strength"}
+        return call(self, *arguments, **settings | few)
 
     cond, uncond, latents = *torch.zeros(2, 1, 4, 4, 64, 64), torch.ones(1, 4, 64, 256)
     names = dict(cond=cond, uncond=uncond, latents=latents, a=0.5, b=1.0)  # what a reader has of their own
@@ -55,7 +56,8 @@ def run_readme(page: Path) -> None:
             if option in arguments:
                 with Image.open(arguments[arguments.index(option) + 1]) as picture:
                     size = "{}x{}".format(*picture.size)
-                assert option != "-o" or size == arguments[arguments.index("--size") + 1]
+                if option == "-o" and "--size" in arguments:
+                    assert size == arguments[arguments.index("--size") + 1]
 
 
 def run_example(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The command line: `instantas generate | plan | bench | comfyui | info`, also `python -m instantas`.
+"""The command line: `instantas generate | upscale | plan | bench | comfyui | info`, also `python -m instantas`.
 
 Errors are one line on standard error and exit code 2.
 """
@@ -19,6 +19,7 @@ from instantas.cli.cost import window_count
 from instantas.cli.errors import message
 from instantas.cli.generate import generate
 from instantas.cli.options import DTYPES, Device, Size, default_device, wrap_option
+from instantas.cli.upscale import upscale
 from instantas.files import check_writable
 from instantas.ops.backend import BACKENDS
 from instantas.windows import WindowPlan
@@ -36,6 +37,7 @@ def app(context: click.Context) -> None:
 
 
 app.add_command(generate)
+app.add_command(upscale)
 app.add_command(comfyui)
 
 

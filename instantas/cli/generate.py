@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +13,14 @@ from click.core import ParameterSource
 
 from instantas import __version__
 from instantas.cli.cost import Memory
-from instantas.cli.options import DTYPES, SCHEDULERS, Device, Size, default_device, wrap_option
+from instantas.cli.model import EMBEDDED, check_words, load
+from instantas.cli.options import DTYPES, SCHEDULERS, Device, Size, wrap_option
 from instantas.cli.record import digests, kept, kept_unfinished, latents_path, read_latents, read_regions, write_png
 from instantas.files import check_writable
 from instantas.regions import SCHEDULES, RegionMap
 from instantas.sampling.bridging import BRIDGES, DEFAULT, evaluations
 from instantas.sampling.sampler import set_timesteps
 
-EMBEDDED = "demo"  # the name of the model that comes along in a picture's settings
 BESIDE_RESUME = ("resume", "output", "force", "model", "dtype", "device")
 
 
@@ -128,8 +127,8 @@ def _paint(
 ):
     regions, notes = read_regions(places, regions_file)
     if model is None:
-        _check_words([prompt, *(region.prompt for region in regions)], negative)
-    pipe = _pipeline(model, scheduler, dtype, device)
+        check_words([prompt, *(region.prompt for region in regions)], negative)
+    pipe = load(model, scheduler, dtype, device)
     (width, height), wrap, method = size, settings["wrap"], settings["method"]
     settings = settings | dict(
         num_inference_steps=pipe.defaults["num_inference_steps"] if steps is None else steps,
@@ -176,7 +175,7 @@ def _resume(path, output, force, options):
     settings, model = json.loads(text["settings"]), options["model"]
     if model is None and settings["model"] != EMBEDDED:
         model = settings["model"]
-    pipe = _pipeline(model, None, options["dtype"] or settings["dtype"], options["device"])
+    pipe = load(model, None, options["dtype"] or settings["dtype"], options["device"])
     _decode(pipe, latents.to(pipe.device, pipe.unet.dtype), output, text, force)
 
 
@@ -187,43 +186,6 @@ def _decode(pipe, latents, output, text, force):
     write_png(picture, output, text, force)
     unfinished = f", not finished: after {settings['unfinished']}" if "unfinished" in settings else ""
     click.echo(f"{output}: {width}x{height}, seed {text['seed']}{unfinished}")
-
-
-def _pipeline(model, scheduler, dtype, device):
-    """The model on its device with the scheduler asked for."""
-    import diffusers
-    import transformers
-
-    for library in (diffusers, transformers):  # their remarks on loading are nothing that the user can act on
-        library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()
-    from instantas import demo
-    from instantas.pipelines.pipeline import InstantASPipeline
-
-    device = device or default_device()
-    dtype = DTYPES[dtype or ("float16" if torch.device(device).type == "cuda" else "float32")]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # torch_dtype: the name that takes its place is too new
-        pipe = InstantASPipeline.from_pretrained(model or demo.folder(), torch_dtype=dtype).to(device)
-    if scheduler:
-        name, settings = SCHEDULERS[scheduler]
-        pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config, **settings)
-    return pipe
-
-
-def _check_words(prompts, negative):
-    """What the embedded model has no word for is told, and refused where it has none at all."""
-    from instantas import demo
-
-    unknown = list(dict.fromkeys(word for text in (*prompts, negative or "") for word in demo.unknown_words(text)))
-    told = f"it paints {', '.join(demo.MATERIALS)} (`instantas info --prompts` has all words)"
-    if unknown:
-        told = f"the embedded model has never seen {', '.join(map(repr, unknown))}; {told}"
-    for prompt in prompts:
-        if prompt.strip() and not demo.names_material(prompt):
-            raise ValueError(f"prompt: expected something that the embedded model paints, got {prompt!r}; {told}")
-    if unknown:
-        click.echo(f"instantas: {told}", err=True)
 
 
 def _evaluations(pipe, size, settings, regions):
