@@ -17,7 +17,6 @@ from instantas.cli.model import EMBEDDED, check_words, load
 from instantas.cli.options import DTYPES, SCHEDULERS, Device
 from instantas.cli.record import write_png
 from instantas.files import check_writable
-from instantas.pipelines.starts import first_timestep, stages
 from instantas.sampling.bridging import DEFAULT, evaluations
 from instantas.sampling.sampler import set_timesteps
 
@@ -46,6 +45,8 @@ def upscale(picture: Path, output: Path, force: bool, seed: int | None, **option
     if output.suffix.lower() != ".png":
         raise ValueError(f"output: expected a file name that ends in .png, got {output.name!r}")
     check_writable(output, overwrite=force)
+    from instantas.pipelines.starts import stages
+
     image = read_picture(picture)
     sizes = stages((image.height, image.width), options["scale"])
     prompt, negative = options["prompt"], options["negative"]
@@ -107,6 +108,8 @@ def read_picture(path: Path) -> Any:
 
 def _evaluations(pipe, sizes, settings):
     """How often the network is evaluated on a window, in all stages."""
+    from instantas.pipelines.starts import first_timestep
+
     set_timesteps(pipe.scheduler, settings["num_inference_steps"], None, pipe.device)
     steps = len(pipe.scheduler.timesteps) - first_timestep(pipe.scheduler, settings["strength"])
     counts = [evaluations(settings["bridging"], pipe.plan(*size), steps) for size in sizes]
