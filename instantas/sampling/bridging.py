@@ -8,6 +8,7 @@ kernels.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -37,6 +38,12 @@ class View:
 
     def __reduce__(self):
         return type(self), (self.rows, self.columns)
+
+    @functools.cached_property
+    def whole(self) -> WindowPlan:
+        """The plan of one window that is the canvas."""
+        size = int(self.rows.max()) + 1, int(self.columns.max()) + 1
+        return WindowPlan.minimum_coverage(*size, size)
 
     def apply(self, canvas: torch.Tensor) -> torch.Tensor:
         """(..., H, W) -> (..., len(rows), len(columns))."""

@@ -63,9 +63,8 @@ class Place:
     @property
     def size(self) -> tuple[int, int]:
         """(rows, columns) of the canvas."""
-        if self.view is None:
-            return self.plan.height, self.plan.width
-        return int(self.view.rows.max()) + 1, int(self.view.columns.max()) + 1
+        plan = self.plan if self.view is None else self.view.whole
+        return plan.height, plan.width
 
     def cut(self, tensor: torch.Tensor) -> torch.Tensor:
         """The windows (m, C, k h, k w) of a tensor (B or 1, C, k H, k W), as a mask or a control picture is.
@@ -208,6 +207,8 @@ class Windowed:
         stage, latest = stages[step], self._known(streams, step, x)
         if stage.plan.partial and latest is None:  # a run may begin at any step, and then has nothing to re-use
             stage = self._resting(size)
+        if stage.adjust is not None and not isinstance(mark, Level):
+            raise ValueError(f"mark: expected a noise.Level, as the bridge adjusts predictions, got {mark!r}")
         place = Place.of(stage, len(x), step / steps, mark, x.device)
         if stage.plan.count == 1 and stage.plan.window == size and not stage.plan.origins.any() and not stage.adjust:
             return evaluate(x, place)
@@ -221,18 +222,13 @@ class Windowed:
         if latest is not None:
             for each, part in zip(streams, latest.chunk(len(streams), dim=1)):
                 self._latest[each] = step, x[: part.shape[1]].shape, part
-        if stage.adjust is None:
-            return merged
-        if not isinstance(mark, Level):
-            raise ValueError(f"mark: expected a noise.Level, as the bridge adjusts predictions, got {mark!r}")
-        return stage.adjust(merged, sample, place)
+        return merged if stage.adjust is None else stage.adjust(merged, sample, place)
 
     def _predicted(self, evaluate, x, stage, place, latest):
-        plan, size = stage.plan, x.shape[-2:]
+        plan = stage.plan
         if not plan.count:
             return Prediction(latest.new_empty(len(x), 0, latest.shape[2], *plan.window), None, plan)
         weight = None if stage.weight is None else stage.weight.to(x.device)
-        whole = WindowPlan.minimum_coverage(*size, tuple(size))
 
         def call(windows, some):
             given = windows.transpose(0, 1).flatten(0, 1)
@@ -249,7 +245,7 @@ class Windowed:
             (predicted,) = self.batches(call, by_window)
             return predicted.transpose(0, 1).flatten(0, 1), None
 
-        return predict(evaluated, x, weight, place, whole)
+        return predict(evaluated, x, weight, place)
 
     def _stages_of(self, size, steps):
         if (size, steps) not in self._stages:

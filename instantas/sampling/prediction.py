@@ -79,7 +79,6 @@ def predict(
     canvas: torch.Tensor,
     weight: torch.Tensor | None,
     context: Any,
-    whole: WindowPlan,
     scale: torch.Tensor | None = None,
 ) -> Prediction:
     """The network's predictions for the windows of a step.
@@ -89,7 +88,6 @@ def predict(
         canvas: (B, C, H, W), `scale` times which is what the network sees.
         weight: overlap weight of the windows.
         context: `sampler.StepContext`, which has the windows and the view that they are cut from.
-        whole: the plan of one window that is the canvas.
     """
     plan, view = context.plan, context.view
     if not plan.count:
@@ -101,4 +99,4 @@ def predict(
     if view is None:
         return Prediction(branches[0], branches[1] if len(branches) > 1 else None, plan, weight)
     cond, *uncond = (view.invert(ops.scatter_windows(p, plan)) for p in branches)
-    return Prediction.of_canvas(cond, uncond[0] if uncond else None, whole)
+    return Prediction.of_canvas(cond, uncond[0] if uncond else None, view.whole)

@@ -204,7 +204,7 @@ class _Advance:
         stage, context, latest = step.stage, step.context, state.latest
         guidance, rescale = (v(context) if callable(v) else v for v in (self.guidance, self.rescale))
         canvas, scale = self.update.scale(state.canvas, step)
-        predicted = predict(self.evaluate, canvas, step.weight, context, self.whole, scale)
+        predicted = predict(self.evaluate, canvas, step.weight, context, scale)
         if not context.plan.count and latest is not None and len(latest) == 2:
             predicted = replace(predicted, uncond=predicted.cond)
         if guidance is None:

@@ -305,6 +305,13 @@ def test_bad_input_is_named(call, message):
         call()
 
 
+def test_a_mark_that_a_bridge_cannot_use_is_refused_before_the_network_is_evaluated():
+    evaluated = []
+    with pytest.raises(ValueError, match="mark: expected a noise.Level"):
+        Windowed(8, bridging="moments")(lambda w, p: evaluated.append(w) or w, noise(16, 16), 0, 4, mark=0.5)
+    assert not evaluated
+
+
 def test_x_that_is_no_canvas_is_named():
     for wrong in (torch.zeros(4, 8, 8), "x"):
         with pytest.raises(TypeError, match=r"x: expected a tensor \(B, C, H, W\)"):
