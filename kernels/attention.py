@@ -8,6 +8,7 @@ import triton.language as tl
 
 from .attention_backward import regional_attention_backward
 from .attention_tiles import (
+    add_product,
     dot_rows,
     find_active,
     head_shape,
@@ -101,7 +102,7 @@ def _attention_kernel(
                 dots = dot_rows(q, k, q_rows, row < n, k_rows, token < L, size, D, CHUNK, OPERAND)
                 peak, factor, p = softmax_block(scale_logits(dots, token < L, share, scale, JOINT), share, peak, JOINT)
                 mass = mass * factor + tl.sum(p, axis=1)
-                mixed = tl.dot(p.to(OPERAND), v, mixed * factor[:, None], input_precision="ieee")
+                mixed = add_product(mixed * factor[:, None], p, v, OPERAND)
             if JOINT:
                 result = mixed
             else:

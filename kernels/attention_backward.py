@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from .attention_tiles import (
+    add_product,
     dot_rows,
     find_active,
     head_shape,
@@ -70,13 +71,14 @@ def _add_statistics(
 
 
 @triton.jit
-def _add_product(total, a, b, OPERAND: tl.constexpr):
+def _add_scaled(total, a, b, OPERAND: tl.constexpr):
     """total + a b. float16 would round small gradients away: there each row of a is scaled to 1 first."""
     if OPERAND == tl.float16:
         largest = tl.max(tl.abs(a), axis=1)
         largest = tl.where(largest > 1e-30, largest, 1.0)
-        return total + tl.dot((a * (1 / largest)[:, None]).to(OPERAND), b) * largest[:, None]
-    return tl.dot(a.to(OPERAND), b, total, input_precision="ieee")
+        zero = tl.zeros([total.shape[0], total.shape[1]], tl.float32)
+        return total + add_product(zero, a * (1 / largest)[:, None], b, OPERAND) * largest[:, None]
+    return add_product(total, a, b, OPERAND)
 
 
 @triton.jit
@@ -193,7 +195,7 @@ def _grad_query_kernel(
                 s = scale_logits(dots, token < L, share, scale_base2, JOINT)
                 p = tl.exp2(s - anchor[:, None]) * factor[:, None]
                 dp = dot_rows(g, v, g_rows, row < n, v_rows, token < L, size, D, CHUNK, OPERAND)
-                result = _add_product(result, p * (dp - mean[:, None]) * scale, k, OPERAND)
+                result = _add_scaled(result, p * (dp - mean[:, None]) * scale, k, OPERAND)
     store_rows(out, result, b, row, head, n, heads, D, DEPTH)
 
 
@@ -282,9 +284,9 @@ def _grad_key_value_kernel(
                 s = dot_rows(q, k, q_rows, row < n, k_rows, token < L, size, D, CHUNK, OPERAND) * scale_base2
                 s = tl.where(used[:, None] & (token < L)[None, :], s, float("-inf"))
                 p = tl.exp2(s - peak[:, None]) * factor[:, None]
-                dv = _add_product(dv, tl.trans(p), g, OPERAND)
+                dv = _add_scaled(dv, tl.trans(p), g, OPERAND)
                 dp = dot_rows(g, v, g_rows, row < n, v_rows, token < L, size, D, CHUNK, OPERAND)
-                dk = _add_product(dk, tl.trans(p * (dp - mean[:, None]) * scale), q, OPERAND)
+                dk = _add_scaled(dk, tl.trans(p * (dp - mean[:, None]) * scale), q, OPERAND)
     d = tl.arange(0, DEPTH)
     offset = (((split.to(tl.int64) * prompts + prompt) * L + token) * heads + head)[:, None] * D + d[None, :]
     inside = (token < L)[:, None] & (d < D)[None, :]

@@ -64,6 +64,16 @@ def dot_rows(
 
 
 @triton.jit
+def add_product(total, a, b, OPERAND: tl.constexpr):
+    """total + a b, a in float32. To half precision a is rounded in two parts: one would cost more than the result."""
+    high = a.to(OPERAND)
+    total = tl.dot(high, b, total, input_precision="ieee")
+    if OPERAND != tl.float32:
+        total = tl.dot((a - high).to(OPERAND), b, total)
+    return total
+
+
+@triton.jit
 def load_slots(prompt_ids, weights, first, slots, low, high, row, n, stride_r, stride_n, SLOTS: tl.constexpr):
     """Prompt slots from first on, and their weights (SLOTS, rows): 0 for slots whose prompt is not in [low, high)."""
     slot = first + tl.arange(0, SLOTS)

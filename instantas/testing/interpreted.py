@@ -26,7 +26,7 @@ def multiplying(dtype: torch.dtype) -> Iterator[None]:
     """Matrix products as a GPU makes them of kernels for that dtype.
 
     The interpreter is given float32 in bfloat16's place (`exact_dtype` in kernels/tiles.py). What a GPU would round to
-    bfloat16 before it multiplies, such as probabilities, is rounded here.
+    bfloat16 in two parts before it multiplies, such as probabilities, is rounded here.
     """
     if dtype != torch.bfloat16 or os.environ.get("TRITON_INTERPRET") != "1":
         yield
@@ -36,8 +36,9 @@ def multiplying(dtype: torch.dtype) -> Iterator[None]:
     right = InterpreterBuilder.create_dot
 
     def rounded(handle):
-        data = torch.from_numpy(handle.data).to(dtype).to(torch.float32).numpy()
-        return TensorHandle(data, handle.dtype)
+        data = torch.from_numpy(handle.data)
+        high = data.to(dtype).float()
+        return TensorHandle((high + (data - high).to(dtype).float()).numpy(), handle.dtype)
 
     def create_dot(builder, a, b, *others):
         return right(builder, rounded(a), rounded(b), *others)

@@ -1,10 +1,13 @@
 """The error budget of attention: its bounds, that it holds over many seeds, and that it refuses every planted fault."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 
 from bench import budget
+from instantas import ops
 from instantas.ops import reference
 from instantas.testing import bounds, faults, interpreted, oracle
 
@@ -79,6 +82,20 @@ def test_attention_over_many_seeds(backend, case, mode):
     oracle.judge_pooled(backend, case, mode, seeds=4 if interpreted else 16)  # it takes its time, and rounds as numpy
 
 
+@pytest.mark.parametrize("mode", ["blend", "joint"])
+@pytest.mark.parametrize("dtype", oracle.DTYPES[1:], ids=str)
+@pytest.mark.parametrize("backend", [name for name in oracle.BACKENDS if name != "reference"])
+def test_probabilities_are_not_rounded_to_half_precision(backend, dtype, mode):
+    """Values of 500 cancel down to 10: there a probability rounded once is wrong by more than the result's rounding."""
+    query, key = rows([0.125]).expand(1, 1, 1, 64), rows([0], [0.53], [1.1], [0.3]).expand(1, 4, 1, 64)
+    share = key[0, :, 0].to(dtype).double().mean(1).exp()
+    values = oracle.normal(4, 64, scale=500.0)
+    values[3] = (10 - share[:3] @ values[:3]) / share[3]
+    call = partial(ops.regional_attention, mode=mode, scale=0.125)
+    (result,) = oracle.judge(backend, call, [query, key, values[None, :, None], IDS, WEIGHTS], dtype, attention=True)
+    assert result.abs().mean() < 20
+
+
 @pytest.mark.parametrize("dtype", oracle.DTYPES, ids=str)
 @pytest.mark.parametrize("operation", faults.OPERATIONS)
 @pytest.mark.parametrize("fault", faults.FAULTS)
@@ -94,12 +111,12 @@ def test_the_stand_in_without_a_fault_is_right(dtype):
 
 
 @pytest.mark.skipif("triton" not in oracle.BACKENDS or oracle.GPU, reason="the interpreter is not what runs")
-@pytest.mark.parametrize("dtype, product", [(torch.bfloat16, 1.0), (torch.float32, 1 + 2**-9)], ids=str)
+@pytest.mark.parametrize("dtype, product", [(torch.bfloat16, 1 + 2**-9), (torch.float32, 1 + 2**-9 + 2**-18)], ids=str)
 def test_the_interpreter_multiplies_what_a_gpu_would(dtype, product):
     from triton import language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-    a, one, zero = (TensorHandle(np.array([[x]], np.float32), tl.float32) for x in (1 + 2**-9, 1, 0))
+    a, one, zero = (TensorHandle(np.array([[x]], np.float32), tl.float32) for x in (1 + 2**-9 + 2**-18, 1, 0))
     with interpreted.multiplying(dtype):
         result = InterpreterBuilder().create_dot(a, one, zero, None, 0)
-    assert result.data.item() == product and a.data.item() == 1 + 2**-9
+    assert result.data.item() == product and a.data.item() == 1 + 2**-9 + 2**-18
