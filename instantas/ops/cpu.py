@@ -40,12 +40,16 @@ def regional_attention(
             flash = half and len(rows) >= CHUNK
             dtype = query.dtype if flash else wide
             q, k, v = (t.to(dtype) for t in (_take(queries, rows), key[prompt], value[prompt]))
-            _put(results, rows, _flash_attend(q, k, v, scale) if flash else _attend(q, k, v, scale))
+            _put(results, rows, _flash_attend(q, k, v, scale)[0] if flash else _attend(q, k, v, scale))
     several = regions.count > 1
     if several.any():
         rows = _numbers(several)
-        merged, _, _ = _merge(_take(queries, rows).to(wide), key.to(wide), value.to(wide), regions, rows, joint, scale)
-        _put(results, rows, merged)
+        q, k, v = _take(queries, rows).to(wide), key.to(wide), value.to(wide)
+        if joint:
+            for some, result, _ in _join(q, k, v, regions, rows, scale):
+                _put(results, rows[some], result)
+        else:
+            _put(results, rows, _blend(q, k, v, regions, rows, scale))
     return out
 
 
@@ -69,7 +73,9 @@ def regional_attention_backward(
         queries, grads = (t.flatten(0, 1)[rows].to(wide) for t in (query, grad))
         key, value = (t.to(wide).contiguous() for t in (key, value))
         if joint:
-            merged, peak, total = _merge(queries, key, value, regions, rows, joint, scale)
+            joined, mass = torch.empty_like(queries), queries.new_empty(queries.shape[:2])
+            for some, *results in _join(queries, key, value, regions, rows, scale):
+                joined[some], mass[some] = results
         grad_queries = torch.zeros_like(queries)
         for prompt, share in regions.shares.items():
             share, k, v = share[rows], _by_head(key[prompt]), _by_head(value[prompt])
@@ -78,9 +84,8 @@ def regional_attention_backward(
                 logits = _logits(queries[some], key[prompt], scale)
                 if joint:
                     # the prompts share one softmax: what a logit gains is relative to the result of all of them
-                    g = g / total[some].T[..., None]
-                    probabilities = logits.sub_(peak[some].T[..., None]).exp_()
-                    mean = (_by_head(merged[some]) * g).sum(-1, keepdim=True)
+                    probabilities = logits.sub_(mass[some].T[..., None]).exp_()
+                    mean = (_by_head(joined[some]) * g).sum(-1, keepdim=True)
                     of_logits = probabilities * torch.bmm(g, v.mT).sub_(mean)
                 else:
                     probabilities = logits.softmax(-1)
@@ -116,31 +121,34 @@ class _Regions:
             self.count += share.div_(whole) > 0
 
 
-def _merge(queries, key, value, regions, rows, joint, scale):
-    """The mean over the prompts of their attention to the queries; jointly, what its parts are relative to, their sum.
-
-    Jointly a prompt counts with the sum of the exponentials of its logits too, relative to the largest logit of all.
-    """
-    merged = torch.zeros_like(queries)
-    peak, total = queries.new_full(queries.shape[:2], -torch.inf), queries.new_zeros(queries.shape[:2])
+def _blend(queries, key, value, regions, rows, scale):
+    """The mean over the prompts of their attention to the queries."""
+    blended = torch.zeros_like(queries)
     for prompt, share in regions.shares.items():
         share = share[rows]
         for some in _spans(share > 0):
-            part = share[some, None]
-            if joint:
-                logits = _logits(queries[some], key[prompt], scale)
-                own = logits.amax(-1)
-                highest = torch.maximum(peak[some], own.T)
-                exponentials = logits.sub_(own[..., None]).exp_()
-                before, part = (peak[some] - highest).exp(), part * (own.T - highest).exp()
-                total[some] = total[some] * before + part * exponentials.sum(-1).T
-                merged[some] *= before[..., None]
-                peak[some] = highest
-                result = _by_head(torch.bmm(exponentials, _by_head(value[prompt])))
-            else:
-                result = _attend(queries[some], key[prompt], value[prompt], scale)
-            merged[some] += part[..., None] * result
-    return (merged / total[..., None] if joint else merged), peak, total
+            blended[some] += share[some, None, None] * _attend(queries[some], key[prompt], value[prompt], scale)
+    return blended
+
+
+def _join(queries, key, value, regions, rows, scale):
+    """One softmax over all prompts of a query: (their numbers, results, as of `_flash_attend`) of a chunk at a time.
+
+    Its queries have the same prompts, whose tokens are as one prompt's to them.
+    """
+    if not regions.shares:
+        return
+    prompts = torch.tensor(list(regions.shares))
+    shares = torch.stack([share[rows] for share in regions.shares.values()])
+    groups = torch.zeros_like(rows)
+    for share in shares:
+        groups = (2 * groups + (share > 0)).unique(return_inverse=True)[1]
+    for group in groups.argsort(stable=True).split(groups.bincount().tolist()):
+        own = shares[:, group[0]] > 0
+        k, v = (t[prompts[own]].flatten(0, 1) for t in (key, value))
+        for some in group.split(FLASH):
+            bias = shares[own][:, some].log_().T[..., None].expand(-1, -1, key.shape[1]).flatten(1)
+            yield some, *_flash_attend(_take(queries, some), k, v, scale, bias)
 
 
 def _attend(query, key, value, scale):
@@ -148,13 +156,19 @@ def _attend(query, key, value, scale):
     return _by_head(torch.bmm(_logits(query, key, scale).softmax(-1), _by_head(value)))
 
 
-def _flash_attend(query, key, value, scale):
-    out, mass = _flash(*(_by_head(t)[None] for t in (query, key, value)), scale=scale)
-    out, suspect = _by_head(out[0]), _numbers((mass[0] == 0).any(0))  # the logarithm of a sum of exponentials
+def _flash_attend(query, key, value, scale, bias=None):
+    """softmax(q K^T scale + bias) V, and (n, heads) logarithms of its sums of exponentials; bias: (n, L)."""
+    mask = None if bias is None else bias[None, None]
+    out, mass = _flash(*(_by_head(t)[None] for t in (query, key, value)), attn_mask=mask, scale=scale)
+    out, mass = _by_head(out[0]), mass[0].T
+    suspect = _numbers((mass == 0).any(1))
     if len(suspect):  # few tokens and a NaN among the logits: the operation answers 0
-        wide = (t.to(_wide(query.dtype)) for t in (query[suspect], key, value))
-        out[suspect] = _attend(*wide, scale).to(out.dtype)
-    return out
+        q, k, v = (t.to(_wide(query.dtype)) for t in (query[suspect], key, value))
+        logits = _logits(q, k, scale)
+        logits += 0 if bias is None else bias[suspect]
+        out[suspect] = _by_head(torch.bmm(logits.softmax(-1), _by_head(v))).to(out.dtype)
+        mass[suspect] = logits.logsumexp(-1).T.to(mass.dtype)
+    return out, mass
 
 
 def _logits(query, key, scale):

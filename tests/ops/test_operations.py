@@ -367,6 +367,13 @@ def test_nan_in_a_query_stays_there(backend):
         assert out[0, 3, 1].isnan().all() and out.isnan().sum() == 8
 
 
+@pytest.mark.parametrize("mode", ["blend", "joint"])
+def test_attention_without_any_weight_is_zero_and_so_are_its_gradients(backend, mode):
+    arguments = [*attention_inputs(1, 5, 2, 8, 2, 9, 2), torch.zeros(1, 2, 5)]
+    for result in run(backend, partial(ops.regional_attention, mode=mode), arguments, torch.float32, gradients=3):
+        assert (result == 0).all()
+
+
 @pytest.mark.parametrize("tokens", [1, 9, 77])
 def test_nan_in_one_of_many_queries_stays_there(backend, tokens):
     """The host build gives as many of one prompt, in bfloat16, to an operation that may answer 0."""
