@@ -11,11 +11,12 @@ import click
 import torch
 from click.core import ParameterSource
 
-from instantas import __version__
 from instantas.cli.cost import Memory
+from instantas.cli.finish import finish
 from instantas.cli.model import EMBEDDED, check_words, load
 from instantas.cli.options import DTYPES, SCHEDULERS, Device, Size, wrap_option
-from instantas.cli.record import digests, kept, kept_unfinished, latents_path, read_latents, read_regions, write_png
+from instantas.cli.pictures import check_output, check_record, check_size
+from instantas.cli.record import kept, kept_unfinished, latents_path, read_latents, read_regions, record
 from instantas.files import check_writable
 from instantas.regions import SCHEDULES, RegionMap
 from instantas.sampling.bridging import BRIDGES, DEFAULT, evaluations
@@ -84,10 +85,8 @@ def generate(
     preview: Path | None,
     **options: Any,
 ) -> None:
-    """Paint PROMPT and write a PNG file."""
-    if output.suffix.lower() != ".png":
-        raise ValueError(f"output: expected a file name that ends in .png, got {output.name!r}")
-    check_writable(output, overwrite=force)
+    """Paint PROMPT and write a file: PNG, JPEG, WebP or TIFF, by the name's ending."""
+    check_output(output, force)
     if resume:
         given = [n for n in context.params if context.get_parameter_source(n) is ParameterSource.COMMANDLINE]
         if surplus := [name for name in given if name not in BESIDE_RESUME]:
@@ -125,6 +124,7 @@ def _paint(
     device,
     **settings,
 ):
+    check_size(output, *size)
     regions, notes = read_regions(places, regions_file)
     if model is None:
         check_words([prompt, *(region.prompt for region in regions)], negative)
@@ -147,45 +147,25 @@ def _paint(
     click.echo(f"{_evaluations(pipe, size, settings, len(regions))}, memory: {memory}")
     seed = random.SystemRandom().randrange(2**32) if seed is None else seed
     generator = torch.Generator("cpu").manual_seed(seed)
-    noted = settings | {
-        "instantas": __version__,
-        "model": model or EMBEDDED,
-        "scheduler": scheduler,
-        "scheduler_class": type(pipe.scheduler).__name__,
-        "dtype": str(pipe.dtype).removeprefix("torch."),
-        "regions": notes,
-        "masks": digests(notes),
-    }
-    text = {
-        "prompt": prompt,
-        "seed": str(seed),
-        "size": f"{width}x{height}",
-        "settings": json.dumps(noted),
-        "Software": f"instantas {__version__}",
-    }
+    masks = [note["mask"] for note in notes if note["mask"]]
+    noted = settings | {"regions": notes}
+    text = record(pipe, prompt, seed, size, noted, model=model, scheduler=scheduler, files=masks)
+    check_record(output, text)
     asked = dict(height=height, width=width, regions=regions, output_type="latent", generator=generator)
     with kept_unfinished(output, text) as after_step:
         latents = pipe(prompt, **asked, callback_on_step_end=after_step, **settings).images
     with kept(latents, output, text):
-        _decode(pipe, latents, output, text, force)
+        finish(pipe, latents, output, text, force)
 
 
 def _resume(path, output, force, options):
     latents, text = read_latents(path)
+    check_record(output, text)
     settings, model = json.loads(text["settings"]), options["model"]
     if model is None and settings["model"] != EMBEDDED:
         model = settings["model"]
     pipe = load(model, None, options["dtype"] or settings["dtype"], options["device"])
-    _decode(pipe, latents.to(pipe.device, pipe.unet.dtype), output, text, force)
-
-
-def _decode(pipe, latents, output, text, force):
-    width, height = map(int, text["size"].split("x"))
-    settings = json.loads(text["settings"])
-    picture = pipe.decode(latents, height, width, wrap=tuple(settings["wrap"]))[0]
-    write_png(picture, output, text, force)
-    unfinished = f", not finished: after {settings['unfinished']}" if "unfinished" in settings else ""
-    click.echo(f"{output}: {width}x{height}, seed {text['seed']}{unfinished}")
+    finish(pipe, latents.to(pipe.device, pipe.unet.dtype), output, text, force)
 
 
 def _evaluations(pipe, size, settings, regions):

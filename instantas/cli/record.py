@@ -8,18 +8,19 @@ import hashlib
 import json
 import shlex
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
 
+from instantas import __version__
 from instantas.cli.errors import first_line, message
+from instantas.cli.model import EMBEDDED
+from instantas.cli.pictures import TEXT
 from instantas.files import whole_file
 from instantas.regions import Region, load_regions
-
-TEXT = ("prompt", "seed", "size", "settings", "Software")  # a picture's text chunks
 
 
 def read_regions(places: Sequence[str], file: str | None) -> tuple[list[Region], list[dict]]:
@@ -50,21 +51,47 @@ def read_regions(places: Sequence[str], file: str | None) -> tuple[list[Region],
     return regions, notes
 
 
-def digests(notes: Sequence[dict]) -> dict[str, str]:
-    """SHA-256 of the masks' files, by name."""
-    files = sorted({note["mask"] for note in notes if note["mask"]})
-    return {file: hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in files}
+def digests(files: Iterable[str | Path]) -> dict[str, str]:
+    """SHA-256 of files, by name."""
+    return {str(file): hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in sorted(set(map(str, files)))}
 
 
-def write_png(picture: Any, output: Path, text: dict[str, str], force: bool) -> None:
-    """A PNG file with text chunks, whole or not at all."""
-    from PIL.PngImagePlugin import PngInfo
+def record(
+    pipe: Any,
+    prompt: str,
+    seed: int,
+    size: tuple[int, int],
+    settings: dict[str, Any],
+    *,
+    model: str | None,
+    scheduler: str | None,
+    files: Iterable[str | Path],
+) -> dict[str, str]:
+    """The text that a picture carries: whatever it takes to paint it again.
 
-    chunks = PngInfo()
-    for key, value in text.items():
-        chunks.add_itxt(key, value)
-    with whole_file(output, overwrite=force) as part:
-        picture.save(part, format="PNG", pnginfo=chunks)
+    Args:
+        size: (width, height).
+        settings: of the run, by their names in the pipeline.
+        model, scheduler: as the command line was told.
+        files: that the picture was painted from, noted with their digests.
+    """
+    if model and (found := Path(model).expanduser()).exists():
+        model = str(found.resolve())
+    noted = settings | {
+        "instantas": __version__,
+        "model": model or EMBEDDED,
+        "scheduler": scheduler,
+        "scheduler_class": type(pipe.scheduler).__name__,
+        "dtype": str(pipe.dtype).removeprefix("torch."),
+        "files": digests(files),
+    }
+    return {
+        "prompt": prompt,
+        "seed": str(seed),
+        "size": f"{size[0]}x{size[1]}",
+        "settings": json.dumps(noted),
+        "Software": f"instantas {__version__}",
+    }
 
 
 def latents_path(output: Path) -> Path:
