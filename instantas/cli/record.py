@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import hashlib
 import json
 import shlex
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,43 +15,10 @@ import torch
 
 from instantas import __version__
 from instantas.cli.errors import first_line, message
+from instantas.cli.inputs import digests, whole
 from instantas.cli.model import EMBEDDED
 from instantas.cli.pictures import TEXT
 from instantas.files import whole_file
-from instantas.regions import Region, load_regions
-
-
-def read_regions(places: Sequence[str], file: str | None) -> tuple[list[Region], list[dict]]:
-    """Regions from the command line and from a JSON file, and what to note of them.
-
-    A note has every argument of `Region`, those that were not given too, with the mask's whole path: a list of them is
-    a file for `--regions`.
-
-    Raises:
-        ValueError: saying which region is wrong and what was expected.
-    """
-    regions: list[Region] = []
-    masks: list[str | Path] = []
-    for number, place in enumerate(places, 1):
-        try:
-            regions.append(Region.parse(place))
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"region {number}, {place!r}: {error}") from error
-        masks.append(place.rpartition("@")[2].strip())
-    if file:
-        regions += load_regions(file)
-        entries = json.loads(Path(file).read_text(encoding="utf-8"))
-        masks += [Path(file).parent / (entry.get("mask") or "") for entry in entries]
-    names = [field.name for field in dataclasses.fields(Region)]
-    notes = [{name: getattr(region, name) for name in names if name != "mask"} for region in regions]
-    for region, note, mask in zip(regions, notes, masks):
-        note["mask"] = None if region.mask is None else str(Path(mask).resolve())
-    return regions, notes
-
-
-def digests(files: Iterable[str | Path]) -> dict[str, str]:
-    """SHA-256 of files, by name."""
-    return {str(file): hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in sorted(set(map(str, files)))}
 
 
 def record(
@@ -65,7 +30,7 @@ def record(
     *,
     model: str | None,
     scheduler: str | None,
-    files: Iterable[str | Path],
+    files: Iterable[Path],
 ) -> dict[str, str]:
     """The text that a picture carries: whatever it takes to paint it again.
 
@@ -75,11 +40,9 @@ def record(
         model, scheduler: as the command line was told.
         files: that the picture was painted from, noted with their digests.
     """
-    if model and (found := Path(model).expanduser()).exists():
-        model = str(found.resolve())
     noted = settings | {
         "instantas": __version__,
-        "model": model or EMBEDDED,
+        "model": whole(model) if model else EMBEDDED,
         "scheduler": scheduler,
         "scheduler_class": type(pipe.scheduler).__name__,
         "dtype": str(pipe.dtype).removeprefix("torch."),
@@ -89,7 +52,7 @@ def record(
         "prompt": prompt,
         "seed": str(seed),
         "size": f"{size[0]}x{size[1]}",
-        "settings": json.dumps(noted),
+        "settings": json.dumps(noted, sort_keys=True),
         "Software": f"instantas {__version__}",
     }
 
