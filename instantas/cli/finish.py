@@ -18,5 +18,4 @@ def finish(pipe: Any, latents: torch.Tensor, output: Path, text: dict[str, str],
     settings = json.loads(text["settings"])
     picture = pipe.decode(latents, height, width, wrap=tuple(settings["wrap"]))[0]
     write_picture(picture, output, text, force)
-    unfinished = f", not finished: after {settings['unfinished']}" if "unfinished" in settings else ""
-    click.echo(f"{output}: {width}x{height}, seed {text['seed']}{unfinished}")
+    click.echo(f"{output}: {width}x{height}, seed {text['seed']}")

@@ -1,31 +1,29 @@
-"""`instantas generate`: paints a picture, or makes one of latents that were kept."""
+"""`instantas generate`: paints a picture, or goes on with one whose run was stopped."""
 
 from __future__ import annotations
 
-import json
 import random
 from pathlib import Path
 from typing import Any, cast
 
 import click
 import torch
-from click.core import ParameterSource
 
 from instantas.cli.cost import Memory
 from instantas.cli.finish import finish
 from instantas.cli.inputs import ControlType, LoraType, files, read_regions
-from instantas.cli.like import check_unchanged, take_settings
-from instantas.cli.model import EMBEDDED, check_words, load
+from instantas.cli.kept import Kept, checkpoint_option
+from instantas.cli.like import check_beside, check_unchanged, is_given, take_settings
+from instantas.cli.model import check_words, load
 from instantas.cli.options import DTYPES, SCHEDULERS, Device, Size, wrap_option
 from instantas.cli.pictures import check_output, check_record, check_size, read_picture
-from instantas.cli.record import kept, kept_unfinished, latents_path, read_latents, record
+from instantas.cli.record import record
 from instantas.files import check_writable
 from instantas.regions import SCHEDULES, Region, RegionMap
 from instantas.sampling.bridging import BRIDGES, DEFAULT, evaluations
 from instantas.sampling.sampler import set_timesteps
 
 STRENGTH = 0.8  # as in diffusers' img2img
-BESIDE_RESUME = ("resume", "output", "force", "model", "dtype", "device")
 
 
 @click.command()
@@ -99,14 +97,17 @@ BESIDE_RESUME = ("resume", "output", "force", "model", "dtype", "device")
     "--resume",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Make a picture of the latents that a run has kept, in place of painting PROMPT.",
+    is_eager=True,
+    callback=take_settings,
+    help="Go on with a run that was stopped, to the same picture; all settings are in FILE.",
 )
+@checkpoint_option
 @click.pass_context
 def generate(
     context: click.Context,
     prompt: str | None,
     size: tuple[int, int] | None,
-    resume: Path | None,
+    resume: dict[str, Any] | None,
     like: dict[str, Any] | None,
     image: Path | None,
     places: tuple[str, ...],
@@ -118,18 +119,14 @@ def generate(
 ) -> None:
     """Paint PROMPT and write a file: PNG, JPEG, WebP or TIFF, by the name's ending."""
     check_output(output, force)
-    given = [n for n in context.params if context.get_parameter_source(n) is ParameterSource.COMMANDLINE]
     if resume:
-        if surplus := [name for name in given if name not in BESIDE_RESUME]:
-            raise ValueError(f"resume: expected only {', '.join(BESIDE_RESUME[1:])} beside it, got {surplus[0]}")
-        _resume(resume, output, force, options)
-        return
+        check_beside(context)
     regions, notes = read_regions(places, regions_file)
-    if like:
-        notes = notes or like["regions"]
-        check_unchanged(context, like, [] if regions else notes)
+    if taken := like or resume:
+        notes = notes or taken["regions"]
+        check_unchanged(context, taken, [] if regions else notes)
         regions = regions or [Region(**note) for note in notes]
-        if "method" in given and "bridging" not in given:  # it goes with the method
+        if is_given(context, "method") and not is_given(context, "bridging"):  # it goes with the method
             options["bridging"] = None
     start = read_picture(image, "image") if image else None
     hints = [read_picture(control.image, "control") for control in options["controls"]]
@@ -139,13 +136,15 @@ def generate(
         if value is None:
             raise click.MissingParameter(ctx=context, param=next(p for p in context.command.params if p.name == name))
     check_size(output, *cast(tuple[int, int], size))
-    check_writable(latents_path(output), overwrite=force)
+    kept = Kept(output, resumed=resume["file"] if resume else None)
+    if not resume:
+        kept.begin(force)
     if preview:
         if preview.resolve() == output.resolve():
             raise ValueError(f"preview: expected another file than the output, got {str(preview)!r}")
         check_writable(preview, overwrite=force)
     inputs = dict(regions=regions, notes=notes, image=image, start=start, hints=hints)
-    _paint(prompt, size, output, force, preview, **inputs, **options)
+    _paint(prompt, size, output, force, preview, kept, **inputs, **options)
 
 
 def _paint(
@@ -154,6 +153,7 @@ def _paint(
     output,
     force,
     preview,
+    kept,
     *,
     regions,
     notes,
@@ -169,6 +169,7 @@ def _paint(
     strength,
     loras,
     controls,
+    checkpoint,
     window_batch,
     dtype,
     device,
@@ -205,25 +206,16 @@ def _paint(
         "controls": list(map(str, controls)),
     }
     used = files(notes, image, loras, controls)
-    text = record(pipe, prompt, seed, size, noted, model=model, scheduler=scheduler, files=used)
+    text = kept.text or record(pipe, prompt, seed, size, noted, model=model, scheduler=scheduler, files=used)
     check_record(output, text)
     hint = hints if len(hints) > 1 else hints[0] if hints else None
     pictures = dict(image=hint) if start is None else dict(image=start, control_image=hint)
     asked = dict(height=height, width=width, regions=regions, output_type="latent", generator=generator)
-    with kept_unfinished(output, text) as after_step:
-        latents = pipe(prompt, **pictures, **asked, callback_on_step_end=after_step, **settings).images
-    with kept(latents, output, text):
-        finish(pipe, latents, output, text, force)
-
-
-def _resume(path, output, force, options):
-    latents, text = read_latents(path)
-    check_record(output, text)
-    settings, model = json.loads(text["settings"]), options["model"]
-    if model is None and settings["model"] != EMBEDDED:
-        model = settings["model"]
-    pipe = load(model, None, options["dtype"] or settings["dtype"], options["device"])
-    finish(pipe, latents.to(pipe.device, pipe.unet.dtype), output, text, force)
+    with kept.until_done("generate"):
+        latents = kept.finished()
+        if latents is None:
+            latents = pipe(prompt, **pictures, **asked, checkpoint=kept.checkpoint(checkpoint, text), **settings).images
+        finish(pipe, latents.to(pipe.device, pipe.unet.dtype), output, text, force)
 
 
 def _evaluations(pipe, size, settings, regions):

@@ -1,4 +1,4 @@
-"""`--like`: the settings that a picture carries become those of another run, where nothing else is asked for."""
+"""`--like`, `--resume`: what a picture or a run's file carries are the settings of a run, where no others are given."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from click.core import ParameterSource
 
 from instantas import __version__
 from instantas.cli.inputs import digests, files
+from instantas.cli.kept import BESIDE, read_kept
 from instantas.cli.model import EMBEDDED
 from instantas.cli.pictures import read_record
 
@@ -36,38 +37,44 @@ OPTIONS = {  # a setting's name in the record: the option's
         "strength",
         "loras",
         "controls",
+        "picture",
+        "scale",
     )
 }
-INPUTS = ("image", "loras", "controls")  # options that name files
+INPUTS = ("image", "picture", "loras", "controls")  # options that name files
 
 
 def take_settings(context: click.Context, parameter: click.Parameter, path: Path | None) -> dict[str, Any] | None:
     """The option's callback: what a picture was painted with becomes the other options' default.
 
     Returns:
-        the settings in the picture's record.
+        the settings in its record, and the path as "file".
 
     Raises:
-        ValueError: for a picture that this version of `generate` has not written.
+        ValueError: for a picture, or a run's file, that this version of the command has not written.
     """
     if path is None:
         return None
-    text = read_record(path)
+    whose = parameter.name
+    text = read_record(path) if whose == "like" else read_kept(path)["note"]
     if text["Software"] != f"instantas {__version__}":
-        raise ValueError(f"like: expected a picture of instantas {__version__}, got one of {text['Software']}")
+        raise ValueError(f"{whose}: expected a picture of instantas {__version__}, got one of {text['Software']}")
+    taken = {option.name for option in context.command.params}
+    options = {name: option for name, option in OPTIONS.items() if option in taken}
     try:
         settings = json.loads(text["settings"])
-        missing = [name for name in (*OPTIONS, "regions", "files") if name not in settings]
+        missing = [name for name in (*options, "files") if name not in settings]
     except (TypeError, ValueError) as error:
-        raise ValueError(f"like: expected settings in {str(path)!r}, got {text['settings']:.40}") from error
+        raise ValueError(f"{whose}: expected settings in {str(path)!r}, got {text['settings']:.40}") from error
     if missing:
-        raise ValueError(f"like: expected a picture of `instantas generate`, got one without {missing[0]}")
-    defaults = {option: settings[name] for name, option in OPTIONS.items()}
-    defaults |= {name: text[name] for name in ("prompt", "seed", "size")}
+        what = f"expected a picture of `instantas {context.command.name}`, got one without {missing[0]}"
+        raise ValueError(f"{whose}: {what}")
+    defaults = {option: settings[name] for name, option in options.items()}
+    defaults |= {name: text[name] for name in ("prompt", "seed", "size") if name in taken}
     defaults["wrap"] = tuple(settings["wrap"])
     defaults["model"] = None if settings["model"] == EMBEDDED else settings["model"]
     context.default_map = defaults
-    return settings
+    return settings | {"file": path}
 
 
 def check_unchanged(context: click.Context, settings: dict[str, Any], notes: list[dict]) -> None:
@@ -79,11 +86,28 @@ def check_unchanged(context: click.Context, settings: dict[str, Any], notes: lis
     Raises:
         ValueError: naming the file.
     """
+    whose = "like" if context.params.get("like") else "resume"
     taken = {name: context.params[name] for name in INPUTS if is_taken(context, name)}
-    for path in files(notes, **taken):
+    image = taken.pop("image", None) or taken.pop("picture", None)
+    for path in files(notes, image, **taken):
         if not path.is_file() or digests([path])[str(path)] != settings["files"].get(str(path)):
             state = "which has changed" if path.is_file() else "which is gone"
-            raise ValueError(f"like: expected what the picture was painted from, got {str(path)!r}, {state}")
+            raise ValueError(f"{whose}: expected what the picture was painted from, got {str(path)!r}, {state}")
+
+
+def check_beside(context: click.Context) -> None:
+    """Refuse options beside `--resume` that would make another picture.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    if surplus := [name for name in context.params if is_given(context, name) and name not in BESIDE]:
+        raise ValueError(f"resume: expected only {', '.join(BESIDE[1:])} beside it, got {surplus[0]}")
+
+
+def is_given(context: click.Context, name: str) -> bool:
+    """Whether an option was typed."""
+    return context.get_parameter_source(name) is ParameterSource.COMMANDLINE
 
 
 def is_taken(context: click.Context, name: str) -> bool:

@@ -11,17 +11,18 @@ import torch
 
 from instantas.cli.cost import Memory
 from instantas.cli.finish import finish
+from instantas.cli.kept import Kept, checkpoint_option
+from instantas.cli.like import check_beside, check_unchanged, take_settings
 from instantas.cli.model import check_words, load
 from instantas.cli.options import DTYPES, SCHEDULERS, Device
 from instantas.cli.pictures import check_output, check_record, check_size, read_picture
-from instantas.cli.record import kept, latents_path, record
-from instantas.files import check_writable
+from instantas.cli.record import record
 from instantas.sampling.bridging import DEFAULT, evaluations
 from instantas.sampling.sampler import set_timesteps
 
 
 @click.command()
-@click.argument("picture", type=click.Path(path_type=Path))
+@click.argument("picture", type=click.Path(path_type=Path), required=False)
 @click.option("--scale", type=float, default=4.0, show_default=True, help="Times as wide and as high.")
 @click.option("--prompt", default="", help="What the picture shows.")
 @click.option("--strength", type=float, default=0.35, show_default=True, help="Part of the steps: how much is made up.")
@@ -37,17 +38,43 @@ from instantas.sampling.sampler import set_timesteps
 @click.option("--device", type=Device(), help="By default cuda where there is one, else cpu.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), default="large.png", show_default=True)
 @click.option("--force", is_flag=True, help="Replace the output file if it exists.")
-def upscale(picture: Path, output: Path, force: bool, seed: int | None, **options: Any) -> None:
+@click.option(
+    "--resume",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    is_eager=True,
+    callback=take_settings,
+    help="As of generate.",
+)
+@checkpoint_option
+@click.pass_context
+def upscale(
+    context: click.Context,
+    picture: Path | None,
+    output: Path,
+    force: bool,
+    seed: int | None,
+    resume: dict[str, Any] | None,
+    checkpoint: int | None,
+    **options: Any,
+) -> None:
     """Enlarge PICTURE and write a file: PNG, JPEG, WebP or TIFF, by the name's ending."""
     check_output(output, force)
     from instantas.pipelines.starts import stages
 
+    if resume:
+        check_beside(context)
+        check_unchanged(context, resume, [])
+    if picture is None:
+        raise click.MissingParameter(ctx=context, param=next(p for p in context.command.params if p.name == "picture"))
     image = read_picture(picture)
     scale, prompt, negative, model = (options[name] for name in ("scale", "prompt", "negative", "model"))
     sizes = stages((image.height, image.width), scale)
     height, width = sizes[-1]
     check_size(output, width, height)
-    check_writable(latents_path(output), overwrite=force)
+    kept = Kept(output, len(sizes), resume["file"] if resume else None)
+    if not resume:
+        kept.begin(force)
     if model is None:
         check_words([prompt], negative)
     pipe = load(model, options["scheduler"], options["dtype"], options["device"])
@@ -65,7 +92,7 @@ def upscale(picture: Path, output: Path, force: bool, seed: int | None, **option
     click.echo(f"{_evaluations(pipe, sizes, settings)}, memory: {memory}")
     seed = random.SystemRandom().randrange(2**32) if seed is None else seed
     noted = settings | {"wrap": (False, False), "scale": scale, "picture": str(picture.resolve())}
-    text = record(
+    text = kept.text or record(
         pipe,
         prompt,
         seed,
@@ -77,9 +104,12 @@ def upscale(picture: Path, output: Path, force: bool, seed: int | None, **option
     )
     check_record(output, text)
     generator = torch.Generator("cpu").manual_seed(seed)
-    latents = pipe.upscale(image, scale, prompt, generator=generator, output_type="latent", **settings).images
-    with kept(latents, output, text):
-        finish(pipe, latents, output, text, force)
+    settings |= dict(generator=generator, output_type="latent", checkpoint=kept.checkpoint(checkpoint, text))
+    with kept.until_done("upscale"):
+        latents = kept.finished()
+        if latents is None:
+            latents = pipe.upscale(image, scale, prompt, **settings).images
+        finish(pipe, latents.to(pipe.device, pipe.unet.dtype), output, text, force)
 
 
 def _evaluations(pipe, sizes, settings):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import traceback
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -13,6 +15,7 @@ import torch
 from instantas import __version__
 from instantas.checks import integer
 from instantas.files import check_writable, remove_parts, whole_file
+from instantas.sampling.evaluator import out_of_memory
 from instantas.sampling.fingerprint import differing, digests
 from instantas.sampling.schedulers import copied, step_keywords
 
@@ -177,8 +180,14 @@ class Recorder:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if error is not None and self.checkpoint is not None and self.last is not None:
+        if error is None or self.checkpoint is None or self.last is None:
+            return
+        if out_of_memory(error):
+            traceback.clear_frames(trace)  # which hold what has filled the memory
+        try:
             self._write()
+        except Exception as failure:  # hides nothing of what has stopped the run
+            warnings.warn(f"checkpoint: the run could not be kept: {failure}", stacklevel=3)
 
 
 def get_state(generator: torch.Generator | None, device: torch.device) -> torch.Tensor:
@@ -232,9 +241,12 @@ def _is_plain(value):
 
 
 def _copied(value):
-    """With tensors of their own storages: of a view all that it is a part of would be written."""
+    """With views copied, as all that they are a part of would be written."""
     if isinstance(value, dict):
         return {name: _copied(each) for name, each in value.items()}
     if isinstance(value, (list, tuple)):
         return type(value)(map(_copied, value))
-    return value.detach().clone() if isinstance(value, torch.Tensor) else value
+    if not isinstance(value, torch.Tensor):
+        return value
+    whole = value.untyped_storage().nbytes() == value.numel() * value.element_size()
+    return value.detach() if whole else value.detach().clone()

@@ -185,7 +185,6 @@ def test_pictures_of_every_kind_start_a_run(kind):
         (["--control", "photo.png:net"], "control: expected a ControlNet, got 'net'"),
         (["--control", "photo.png:photo.png"], "control: expected a ControlNet, got 'photo.png'"),
         (["--control", "photo.png:other"], "control: expected cross_attention_dim 64, the model's, got 32 of 'other'"),
-        (["--resume", "a.safetensors", "--image", "photo.png"], "resume: expected only"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(refused, arguments, told):
