@@ -39,7 +39,7 @@ def run_readme(page: Path) -> None:
     call = InstantASPipeline.__call__
 
     def quick(self, *arguments, **settings):
-        few = {"num_inference_steps": 1} | {name: 1.0 for name in settings if name == "strength"}
+        few = {"num_inference_steps": 1, "strength": None if settings.get("strength") is None else 1.0}
         return call(self, *arguments, **settings | few)
 
     cond, uncond, latents = *torch.zeros(2, 1, 4, 4, 64, 64), torch.ones(1, 4, 64, 256)

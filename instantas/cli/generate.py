@@ -1,27 +1,29 @@
-"""`instantas generate`: paints a picture, or makes one of latents that were kept."""
+"""`instantas generate`: paints a picture, or goes on with one whose run was stopped."""
 
 from __future__ import annotations
 
-import json
 import random
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import click
 import torch
-from click.core import ParameterSource
 
-from instantas import __version__
 from instantas.cli.cost import Memory
-from instantas.cli.model import EMBEDDED, check_words, load
+from instantas.cli.finish import finish
+from instantas.cli.inputs import ControlType, LoraType, files, read_regions
+from instantas.cli.kept import Kept, checkpoint_option
+from instantas.cli.like import check_beside, check_unchanged, is_given, take_settings
+from instantas.cli.model import check_words, load
 from instantas.cli.options import DTYPES, SCHEDULERS, Device, Size, wrap_option
-from instantas.cli.record import digests, kept, kept_unfinished, latents_path, read_latents, read_regions, write_png
+from instantas.cli.pictures import check_output, check_record, check_size, read_picture
+from instantas.cli.record import record
 from instantas.files import check_writable
-from instantas.regions import SCHEDULES, RegionMap
+from instantas.regions import SCHEDULES, Region, RegionMap
 from instantas.sampling.bridging import BRIDGES, DEFAULT, evaluations
 from instantas.sampling.sampler import set_timesteps
 
-BESIDE_RESUME = ("resume", "output", "force", "model", "dtype", "device")
+STRENGTH = 0.8  # as in diffusers' img2img
 
 
 @click.command()
@@ -37,6 +39,22 @@ BESIDE_RESUME = ("resume", "output", "force", "model", "dtype", "device")
 @click.option("--scheduler", type=click.Choice(sorted(SCHEDULERS)), help="By default the model's own.")
 @click.option("--negative", metavar="PROMPT", help="What the picture should not show.")
 @wrap_option
+@click.option("--image", type=click.Path(path_type=Path), help="A picture to start from, whose size is the default.")
+@click.option("--strength", type=float, help=f"Part of the steps taken from --image, 0 to 1; by default {STRENGTH}.")
+@click.option(
+    "--lora",
+    "loras",
+    type=LoraType(),
+    multiple=True,
+    help="A file, folder or hub id with LoRA weights, and how much of them; by default 1. Repeatable.",
+)
+@click.option(
+    "--control",
+    "controls",
+    type=ControlType(),
+    multiple=True,
+    help="A picture, and the ControlNet (file, folder or hub id) that is told it. Repeatable.",
+)
 @click.option("--method", type=click.Choice(["instantas", "multidiffusion"]), default="instantas", show_default=True)
 @click.option(
     "--bridging",
@@ -68,41 +86,65 @@ BESIDE_RESUME = ("resume", "output", "force", "model", "dtype", "device")
 @click.option("-o", "--output", type=click.Path(path_type=Path), default="instantas.png", show_default=True)
 @click.option("--force", is_flag=True, help="Replace the output file if it exists.")
 @click.option(
+    "--like",
+    type=click.Path(path_type=Path),
+    metavar="PICTURE",
+    is_eager=True,
+    callback=take_settings,
+    help="Take all that is not given here, PROMPT included, from a picture that was painted before.",
+)
+@click.option(
     "--resume",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Make a picture of the latents that a run has kept, in place of painting PROMPT.",
+    is_eager=True,
+    callback=take_settings,
+    help="Go on with a run that was stopped, to the same picture; all settings are in FILE.",
 )
+@checkpoint_option
 @click.pass_context
 def generate(
     context: click.Context,
     prompt: str | None,
     size: tuple[int, int] | None,
-    resume: Path | None,
+    resume: dict[str, Any] | None,
+    like: dict[str, Any] | None,
+    image: Path | None,
+    places: tuple[str, ...],
+    regions_file: str | None,
     output: Path,
     force: bool,
     preview: Path | None,
     **options: Any,
 ) -> None:
-    """Paint PROMPT and write a PNG file."""
-    if output.suffix.lower() != ".png":
-        raise ValueError(f"output: expected a file name that ends in .png, got {output.name!r}")
-    check_writable(output, overwrite=force)
+    """Paint PROMPT and write a file: PNG, JPEG, WebP or TIFF, by the name's ending."""
+    check_output(output, force)
     if resume:
-        given = [n for n in context.params if context.get_parameter_source(n) is ParameterSource.COMMANDLINE]
-        if surplus := [name for name in given if name not in BESIDE_RESUME]:
-            raise ValueError(f"resume: expected only {', '.join(BESIDE_RESUME[1:])} beside it, got {surplus[0]}")
-        _resume(resume, output, force, options)
-        return
+        check_beside(context)
+    regions, notes = read_regions(places, regions_file)
+    if taken := like or resume:
+        notes = notes or taken["regions"]
+        check_unchanged(context, taken, [] if regions else notes)
+        regions = regions or [Region(**note) for note in notes]
+        if is_given(context, "method") and not is_given(context, "bridging"):  # it goes with the method
+            options["bridging"] = None
+    start = read_picture(image, "image") if image else None
+    hints = [read_picture(control.image, "control") for control in options["controls"]]
+    for picture in filter(None, (start, *hints)):
+        size = size or picture.size
     for name, value in (("prompt", prompt), ("size", size)):
         if value is None:
             raise click.MissingParameter(ctx=context, param=next(p for p in context.command.params if p.name == name))
-    check_writable(latents_path(output), overwrite=force)
+    check_size(output, *cast(tuple[int, int], size))
+    kept = Kept(output, resumed=resume["file"] if resume else None)
+    if not resume:
+        kept.begin(force)
     if preview:
         if preview.resolve() == output.resolve():
             raise ValueError(f"preview: expected another file than the output, got {str(preview)!r}")
         check_writable(preview, overwrite=force)
-    _paint(prompt, size, output, force, preview, **options)
+    inputs = dict(regions=regions, notes=notes, image=image, start=start, hints=hints)
+    _paint(prompt, size, output, force, preview, kept, **inputs, **options)
 
 
 def _paint(
@@ -111,29 +153,39 @@ def _paint(
     output,
     force,
     preview,
+    kept,
     *,
+    regions,
+    notes,
+    image,
+    start,
+    hints,
     model,
     steps,
     seed,
     guidance,
     scheduler,
     negative,
-    places,
-    regions_file,
+    strength,
+    loras,
+    controls,
+    checkpoint,
     window_batch,
     dtype,
     device,
     **settings,
 ):
-    regions, notes = read_regions(places, regions_file)
+    if start is None and strength is not None:
+        raise ValueError(f"strength: expected none without --image, got {strength}")
     if model is None:
         check_words([prompt, *(region.prompt for region in regions)], negative)
-    pipe = load(model, scheduler, dtype, device)
+    pipe = load(model, scheduler, dtype, device, loras, controls)
     (width, height), wrap, method = size, settings["wrap"], settings["method"]
     settings = settings | dict(
         num_inference_steps=pipe.defaults["num_inference_steps"] if steps is None else steps,
         guidance_scale=pipe.defaults["guidance_scale"] if guidance is None else guidance,
         negative_prompt=negative,
+        strength=STRENGTH if start is not None and strength is None else strength,
         bridging=settings["bridging"] or (DEFAULT if method == "instantas" else "none"),
         window_batch_size=window_batch,
     )
@@ -148,50 +200,31 @@ def _paint(
     seed = random.SystemRandom().randrange(2**32) if seed is None else seed
     generator = torch.Generator("cpu").manual_seed(seed)
     noted = settings | {
-        "instantas": __version__,
-        "model": model or EMBEDDED,
-        "scheduler": scheduler,
-        "scheduler_class": type(pipe.scheduler).__name__,
-        "dtype": str(pipe.dtype).removeprefix("torch."),
         "regions": notes,
-        "masks": digests(notes),
+        "image": str(image.resolve()) if image else None,
+        "loras": list(map(str, loras)),
+        "controls": list(map(str, controls)),
     }
-    text = {
-        "prompt": prompt,
-        "seed": str(seed),
-        "size": f"{width}x{height}",
-        "settings": json.dumps(noted),
-        "Software": f"instantas {__version__}",
-    }
+    used = files(notes, image, loras, controls)
+    text = kept.text or record(pipe, prompt, seed, size, noted, model=model, scheduler=scheduler, files=used)
+    check_record(output, text)
+    hint = hints if len(hints) > 1 else hints[0] if hints else None
+    pictures = dict(image=hint) if start is None else dict(image=start, control_image=hint)
     asked = dict(height=height, width=width, regions=regions, output_type="latent", generator=generator)
-    with kept_unfinished(output, text) as after_step:
-        latents = pipe(prompt, **asked, callback_on_step_end=after_step, **settings).images
-    with kept(latents, output, text):
-        _decode(pipe, latents, output, text, force)
-
-
-def _resume(path, output, force, options):
-    latents, text = read_latents(path)
-    settings, model = json.loads(text["settings"]), options["model"]
-    if model is None and settings["model"] != EMBEDDED:
-        model = settings["model"]
-    pipe = load(model, None, options["dtype"] or settings["dtype"], options["device"])
-    _decode(pipe, latents.to(pipe.device, pipe.unet.dtype), output, text, force)
-
-
-def _decode(pipe, latents, output, text, force):
-    width, height = map(int, text["size"].split("x"))
-    settings = json.loads(text["settings"])
-    picture = pipe.decode(latents, height, width, wrap=tuple(settings["wrap"]))[0]
-    write_png(picture, output, text, force)
-    unfinished = f", not finished: after {settings['unfinished']}" if "unfinished" in settings else ""
-    click.echo(f"{output}: {width}x{height}, seed {text['seed']}{unfinished}")
+    with kept.until_done("generate"):
+        latents = kept.finished()
+        if latents is None:
+            latents = pipe(prompt, **pictures, **asked, checkpoint=kept.checkpoint(checkpoint, text), **settings).images
+        finish(pipe, latents.to(pipe.device, pipe.unet.dtype), output, text, force)
 
 
 def _evaluations(pipe, size, settings, regions):
     """Windows, and how often the network is evaluated on one: the progress bar tells the time that is left of them."""
+    from instantas.pipelines.starts import first_timestep
+
     set_timesteps(pipe.scheduler, settings["num_inference_steps"], None, pipe.device)
     plan = pipe.plan(size[1], size[0], wrap=settings["wrap"], method=settings["method"])
-    steps = len(pipe.scheduler.timesteps)
+    begin = 0 if settings["strength"] is None else first_timestep(pipe.scheduler, settings["strength"])
+    steps = len(pipe.scheduler.timesteps) - begin
     count = evaluations(settings["bridging"], plan, steps) * (1 + regions * (settings["method"] == "multidiffusion"))
     return f"windows: {plan.count}, evaluations: {count} in {steps} steps"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import random
 from pathlib import Path
 from typing import Any
@@ -11,20 +9,20 @@ from typing import Any
 import click
 import torch
 
-from instantas import __version__
 from instantas.cli.cost import Memory
-from instantas.cli.model import EMBEDDED, check_words, load
+from instantas.cli.finish import finish
+from instantas.cli.kept import Kept, checkpoint_option
+from instantas.cli.like import check_beside, check_unchanged, take_settings
+from instantas.cli.model import check_words, load
 from instantas.cli.options import DTYPES, SCHEDULERS, Device
-from instantas.cli.record import write_png
-from instantas.files import check_writable
+from instantas.cli.pictures import check_output, check_record, check_size, read_picture
+from instantas.cli.record import record
 from instantas.sampling.bridging import DEFAULT, evaluations
 from instantas.sampling.sampler import set_timesteps
 
-MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")  # of 8 bits: others would be cut off
-
 
 @click.command()
-@click.argument("picture", type=click.Path(path_type=Path))
+@click.argument("picture", type=click.Path(path_type=Path), required=False)
 @click.option("--scale", type=float, default=4.0, show_default=True, help="Times as wide and as high.")
 @click.option("--prompt", default="", help="What the picture shows.")
 @click.option("--strength", type=float, default=0.35, show_default=True, help="Part of the steps: how much is made up.")
@@ -40,19 +38,46 @@ MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")  # o
 @click.option("--device", type=Device(), help="By default cuda where there is one, else cpu.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), default="large.png", show_default=True)
 @click.option("--force", is_flag=True, help="Replace the output file if it exists.")
-def upscale(picture: Path, output: Path, force: bool, seed: int | None, **options: Any) -> None:
-    """Enlarge PICTURE and write a PNG file."""
-    if output.suffix.lower() != ".png":
-        raise ValueError(f"output: expected a file name that ends in .png, got {output.name!r}")
-    check_writable(output, overwrite=force)
+@click.option(
+    "--resume",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    is_eager=True,
+    callback=take_settings,
+    help="As of generate.",
+)
+@checkpoint_option
+@click.pass_context
+def upscale(
+    context: click.Context,
+    picture: Path | None,
+    output: Path,
+    force: bool,
+    seed: int | None,
+    resume: dict[str, Any] | None,
+    checkpoint: int | None,
+    **options: Any,
+) -> None:
+    """Enlarge PICTURE and write a file: PNG, JPEG, WebP or TIFF, by the name's ending."""
+    check_output(output, force)
     from instantas.pipelines.starts import stages
 
+    if resume:
+        check_beside(context)
+        check_unchanged(context, resume, [])
+    if picture is None:
+        raise click.MissingParameter(ctx=context, param=next(p for p in context.command.params if p.name == "picture"))
     image = read_picture(picture)
-    sizes = stages((image.height, image.width), options["scale"])
-    prompt, negative = options["prompt"], options["negative"]
-    if options["model"] is None:
+    scale, prompt, negative, model = (options[name] for name in ("scale", "prompt", "negative", "model"))
+    sizes = stages((image.height, image.width), scale)
+    height, width = sizes[-1]
+    check_size(output, width, height)
+    kept = Kept(output, len(sizes), resume["file"] if resume else None)
+    if not resume:
+        kept.begin(force)
+    if model is None:
         check_words([prompt], negative)
-    pipe = load(options["model"], options["scheduler"], options["dtype"], options["device"])
+    pipe = load(model, options["scheduler"], options["dtype"], options["device"])
     steps, guidance = options["steps"], options["guidance"]
     settings = dict(
         num_inference_steps=pipe.defaults["num_inference_steps"] if steps is None else steps,
@@ -62,48 +87,29 @@ def upscale(picture: Path, output: Path, force: bool, seed: int | None, **option
         bridging=options["bridging"],
         window_batch_size=options["window_batch"],
     )
-    height, width = sizes[-1]
     memory = Memory.of(pipe, height, width, (False, False), "instantas")
     memory.check(pipe.device, f"{width}x{height}")
     click.echo(f"{_evaluations(pipe, sizes, settings)}, memory: {memory}")
     seed = random.SystemRandom().randrange(2**32) if seed is None else seed
-    large = pipe.upscale(
-        image, options["scale"], prompt, generator=torch.Generator("cpu").manual_seed(seed), **settings
+    noted = settings | {"wrap": (False, False), "scale": scale, "picture": str(picture.resolve())}
+    text = kept.text or record(
+        pipe,
+        prompt,
+        seed,
+        (width, height),
+        noted,
+        model=model,
+        scheduler=options["scheduler"],
+        files=[picture.resolve()],
     )
-    noted = settings | {
-        "instantas": __version__,
-        "model": options["model"] or EMBEDDED,
-        "scheduler": options["scheduler"],
-        "scheduler_class": type(pipe.scheduler).__name__,
-        "dtype": str(pipe.dtype).removeprefix("torch."),
-        "scale": options["scale"],
-        "picture": str(picture.resolve()),
-        "sha256": hashlib.sha256(picture.read_bytes()).hexdigest(),
-    }
-    text = dict(prompt=prompt, seed=str(seed), size=f"{width}x{height}", settings=json.dumps(noted))
-    write_png(large.images[0], output, text | {"Software": f"instantas {__version__}"}, force)
-    click.echo(f"{output}: {width}x{height}, seed {seed}")
-
-
-def read_picture(path: Path) -> Any:
-    """A picture file as RGB, turned the way its camera was held, on white where it is transparent.
-
-    Raises:
-        ValueError: for a file that is none, or one of more than 8 bits.
-    """
-    from PIL import Image, ImageOps
-
-    try:
-        with Image.open(path) as opened:
-            image = ImageOps.exif_transpose(opened)
-    except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises, by format
-        raise ValueError(f"picture: expected a picture file, got {str(path)!r}: {error}") from error
-    if image.mode not in MODES:
-        raise ValueError(f"picture: expected 8 bits a channel, got mode {image.mode!r} of {str(path)!r}")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    check_record(output, text)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    settings |= dict(generator=generator, output_type="latent", checkpoint=kept.checkpoint(checkpoint, text))
+    with kept.until_done("upscale"):
+        latents = kept.finished()
+        if latents is None:
+            latents = pipe.upscale(image, scale, prompt, **settings).images
+        finish(pipe, latents.to(pipe.device, pipe.unet.dtype), output, text, force)
 
 
 def _evaluations(pipe, sizes, settings):

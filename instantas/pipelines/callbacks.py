@@ -126,11 +126,25 @@ class StepEnd:
         self, step: int, timestep: torch.Tensor, latents: torch.Tensor, denoised: torch.Tensor | None = None
     ) -> torch.Tensor:
         """The latents to go on with; raises StopIteration where the run is to end."""
+        self.denoised = None  # of a run that went on, what another callback has left
         if self.callback is not None:
             latents = self._told(step, timestep, latents, latents if denoised is None else denoised)
         if self.pipe.interrupt:
             raise StopIteration(latents)
         return latents
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the callback has changed so far, for a run that goes on later."""
+        settings = {name: real(name, getattr(self.pipe, name)) for name in ("guidance_scale", "guidance_rescale")}
+        return settings | dict(tensors=dict(self.tensors), denoised=self.denoised)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with it."""
+        for name in ("guidance_scale", "guidance_rescale"):
+            setattr(self.pipe, f"_{name}", state[name])
+        self.tensors, self.denoised = dict(state["tensors"]), state["denoised"]
+        if not self.constant:
+            self._take_over()
 
     def _told(self, step, timestep, latents, denoised):
         own = {"latents": latents, "denoised": denoised}

@@ -63,6 +63,21 @@ class WindowDenoiser:
         regions = None if self.regional is None else self.regional.regions.weights(progress)
         return regions, None if self.control is None else self._scales(context)
 
+    def fingerprint(self) -> dict[str, Any]:
+        """What tells a run from others, by names of the pipeline's call (`instantas.sampling.fingerprint`)."""
+        regional = self.regional
+        return dict(
+            prompt=self.prompts,
+            regions=None if regional is None else (regional.regions, regional.mode, regional.bank.embeddings),
+            image=self.control,
+            original_size=self.micro,
+            guidance_embedding=self.timestep_cond,
+            ip_adapter_image=(self.image_embeds, self.adapter_masks),
+            cross_attention_kwargs=self.cross_attention_kwargs,
+            unet=self.unet,
+            controlnet=self.controlnet,
+        )
+
     def __call__(
         self, windows: torch.Tensor, timestep: torch.Tensor, context: StepContext
     ) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -37,8 +37,7 @@ def load(model: str | os.PathLike, **settings: Any) -> tuple[DiffusionPipeline, 
         return _from_file(path, settings), {}
     if path.is_dir() and not (path / "model_index.json").is_file():
         raise ValueError(f"model: expected a folder with a model_index.json, got {str(model)!r} without one")
-    looks_local = path.is_absolute() or str(model).startswith(".") or str(model).count("/") > 1
-    if not path.is_dir() and (looks_local or path.suffix in CHECKPOINTS):
+    if not path.is_dir() and looks_local(model):
         raise ValueError(
             f"model: expected a folder in diffusers' layout or a hub id or a checkpoint file, got {str(model)!r}"
         )
@@ -51,6 +50,12 @@ def load(model: str | os.PathLike, **settings: Any) -> tuple[DiffusionPipeline, 
         raise ValueError(f"model: expected a whole model in {str(model)!r}, got {error}") from error
     defaults = path / DEFAULTS_FILE
     return pipe, json.loads(defaults.read_text(encoding="utf-8")) if defaults.is_file() else {}
+
+
+def looks_local(name: str | os.PathLike) -> bool:
+    """Whether a name can be a path only, and no hub id."""
+    path = Path(name).expanduser()
+    return path.is_absolute() or str(name).startswith(".") or str(name).count("/") > 1 or path.suffix in CHECKPOINTS
 
 
 def _from_file(path, settings):

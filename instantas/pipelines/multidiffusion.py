@@ -43,6 +43,11 @@ class RegionDenoiser:
         self.denoisers, self.regions = denoisers, regions
         self.noise, self.backgrounds = noise, backgrounds
 
+    def fingerprint(self) -> dict[str, Any]:
+        """As `WindowDenoiser.fingerprint`."""
+        regions = self.regions, self.backgrounds, [denoiser.prompts for denoiser in self.denoisers]
+        return self.denoisers[0].fingerprint() | dict(regions=regions)
+
     def __call__(
         self, windows: torch.Tensor, timestep: torch.Tensor, context: StepContext
     ) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
@@ -26,6 +27,7 @@ from instantas.pipelines.arguments import (
     is_xl,
 )
 from instantas.pipelines.attention import regional_prompts
+from instantas.pipelines.bar import Counted, Shown
 from instantas.pipelines.callbacks import StepEnd
 from instantas.pipelines.codec import decode
 from instantas.pipelines.conditions import adapter_embeds, adapter_masks, embed, micro_conditions
@@ -38,6 +40,7 @@ from instantas.pipelines.turns import host_tensors, turn
 from instantas.regions import RegionMap, check_blend, region_lists
 from instantas.regions.prompts import PipelineEncoder
 from instantas.sampling.bridging import bridge, evaluations
+from instantas.sampling.checkpoint import Checkpoint
 from instantas.sampling.sampler import check_settings, sample, set_timesteps
 
 
@@ -114,6 +117,7 @@ class InstantASPipeline(HeldPipeline):
         negative_target_size: tuple[int, int] | None = None,
         denoising_end: float | None = None,
         original_inference_steps: int | None = None,
+        checkpoint: str | os.PathLike | Checkpoint | None = None,
         **unknown: Any,
     ) -> Any:
         """Paint pictures. What is not listed is diffusers' and means the same.
@@ -155,6 +159,9 @@ class InstantASPipeline(HeldPipeline):
                 whole picture.
             denoising_end: part of the noise schedule after which the run ends, with noise left; None: all of it.
             original_inference_steps: of a latent consistency model's scheduler.
+            checkpoint: file in which the run is kept after every step, and from which the same call, generators newly
+                seeded, goes on to the same picture (`instantas.sampling.checkpoint.Checkpoint`, to say more). What a
+                callback has changed is kept too; what it keeps for itself is not.
 
         Returns:
             diffusers' output with `.images`; a tuple without `return_dict`.
@@ -163,6 +170,7 @@ class InstantASPipeline(HeldPipeline):
             TypeError, ValueError: naming the argument, what was expected and what came, before the UNet is evaluated.
         """
         check_names(unknown, height)
+        checkpoint = Checkpoint.of(checkpoint)
         pipe, default_device = self.pipe, torch.get_default_device()
         check_pipeline(pipe, whole=True)
         with turn(getattr(pipe.unet, "_orig_mod", pipe.unet), pipe.scheduler), host_tensors():
@@ -267,9 +275,10 @@ class InstantASPipeline(HeldPipeline):
                 adapter_masks=adapter_masks(pipe, cross_attention_kwargs, size, whole_cells, whole=one_window),
                 cross_attention_kwargs=cross_attention_kwargs,
             )
-            evaluated = pictures * evaluations(bridging, plan, steps)
+            told = dict(guidance_scale=guidance, guidance_rescale=guidance_rescale)
+            evaluated = functools.partial(evaluations, bridging, plan, steps)
             paint = self._denoiser(method, prompts, conditions, region_map, region_mode, noise, generator, how)
-            with paint as denoiser, pipe.progress_bar(total=steps if cuda_graph else evaluated) as bar:
+            with paint as denoiser, pipe.progress_bar(total=steps if cuda_graph else pictures * evaluated()) as bar:
                 bar.unit = "step" if cuda_graph else "window"
                 step_end = StepEnd(
                     self,
@@ -282,7 +291,7 @@ class InstantASPipeline(HeldPipeline):
                     default_device=default_device,
                 )
                 result = sample(
-                    denoiser if cuda_graph else _counted(denoiser, bar),
+                    Counted(denoiser, bar, told, lambda step: pictures * evaluated(step)),
                     noise,
                     plan,
                     pipe.scheduler,
@@ -297,7 +306,8 @@ class InstantASPipeline(HeldPipeline):
                     window_batch_size=window_batch_size,
                     bridging=bridging,
                     cuda_graph=cuda_graph,
-                    callback=_shown(step_end, bar, steps),
+                    callback=Shown(step_end, bar, steps),
+                    checkpoint=checkpoint,
                 )
             result = result if step_end.denoised is None else step_end.denoised
             images, flagged = self._decoded(result, size, wrap, output_type, generator)
@@ -321,7 +331,8 @@ class InstantASPipeline(HeldPipeline):
             scale: more than 1.
             prompt: what the picture shows.
             strength: 0 to 1; the more, the more is made up, and the less is kept.
-            settings: of the call, for every stage; but `regions`, whose boxes may be pixels, for one stage only.
+            settings: of the call, for every stage; but `regions`, whose boxes may be pixels, for one stage only, and of
+                a `checkpoint` each of several stages has a file with its number.
 
         Returns:
             As the call.
@@ -337,8 +348,11 @@ class InstantASPipeline(HeldPipeline):
         *before, last = stages(cast(tuple[int, int], picture_size(image, None, None)), scale)
         if before and settings.get("regions"):
             raise ValueError(f"regions: expected none with a scale above 2, which takes stages, got {scale}")
-        for height, width in [*before, last]:
+        checkpoint = Checkpoint.of(settings.pop("checkpoint", None))
+        for number, (height, width) in enumerate([*before, last], 1):
             stage = dict(settings, height=height, width=width, image=image, strength=strength)
+            if checkpoint is not None:
+                stage |= dict(checkpoint=checkpoint.stage(number) if before else checkpoint)
             if getattr(self.pipe, "controlnet", None) is not None:
                 stage.setdefault("control_image", image)
             if (height, width) != last:
@@ -434,27 +448,6 @@ class InstantASPipeline(HeldPipeline):
             images = pipe.watermark.apply_watermark(images)
         shown = [True] * len(images) if flagged is None else [not unsafe for unsafe in flagged]
         return pipe.image_processor.postprocess(images, output_type=output_type, do_denormalize=shown), flagged
-
-
-def _counted(denoiser, bar):
-    def run(windows, timestep, context):
-        predicted = denoiser(windows, timestep, context)
-        bar.update(len(windows))
-        return predicted
-
-    return run
-
-
-def _shown(step_end, bar, steps):
-    """`step_end`, and the steps in the progress bar."""
-
-    def after_step(step, timestep, latents, denoised=None):
-        if bar.unit == "step":
-            bar.update()
-        bar.set_postfix_str(f"step {step + 1}/{steps}")
-        return step_end(step, timestep, latents, denoised)
-
-    return after_step
 
 
 def _evaluations(scheduler, denoising_end) -> int:

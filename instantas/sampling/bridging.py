@@ -349,12 +349,13 @@ def bridge(name: str | Bridge | None) -> Bridge | None:
     return BRIDGES[names[0]] if len(names) == 1 else Joined(tuple(BRIDGES[each] for each in names))
 
 
-def evaluations(bridging: str | Bridge | None, plan: WindowPlan, steps: int) -> int:
+def evaluations(bridging: str | Bridge | None, plan: WindowPlan, steps: int, first: int | None = None) -> int:
     """Windows evaluated in a whole run of that many scheduler evaluations, for one picture and one branch of guidance.
 
     bridging: a name or an object as `bridge` takes it. Minimum coverage without re-use has steps * plan.lower_bound.
+    first: those in its first so many steps; None: in all.
     """
-    bridging = bridge(bridging)
+    bridging, first = bridge(bridging), steps if first is None else first
     if bridging is None:
-        return steps * plan.count
-    return sum(bridging.step(i, steps, plan).plan.count for i in range(steps))
+        return first * plan.count
+    return sum(bridging.step(i, steps, plan).plan.count for i in range(first))

@@ -40,7 +40,7 @@ class Batches:
             try:
                 results = call(given, some)
             except RuntimeError as error:
-                if len(given) == 1 or captured or not _out_of_memory(error):
+                if len(given) == 1 or captured or not out_of_memory(error):
                     raise
                 results = None
             if results is None:  # outside of the handler, which keeps what the failed call had allocated
@@ -101,9 +101,10 @@ class Evaluator:
         return self.batches(call, windows, context.captured)
 
 
-def _out_of_memory(error):
-    """Of a GPU, or of the CPU, whose allocator raises a plain RuntimeError."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
+def out_of_memory(error: BaseException) -> bool:
+    """Of a GPU, or of the host, for which torch's allocator raises a plain RuntimeError."""
+    kinds = MemoryError, torch.OutOfMemoryError
+    return isinstance(error, kinds) or "DefaultCPUAllocator: can't allocate memory" in str(error)
 
 
 def _pair(prediction, windows):

@@ -44,15 +44,15 @@ class StepGraphs:
 
     Args:
         advance: function of (state, step) that gives the next state (`sampler.State`, `sampler.Step`).
-        steps: of the run.
+        steps: of the run, or the rest of them.
         phase: function of a `sampler.StepContext`; steps for which it differs are not alike. For a denoiser that does
             something else on the host from some step on.
     """
 
     def __init__(self, advance: Callable, steps: Sequence, phase: Callable | None = None):
         self.advance, self.state, self.steps = advance, None, steps
-        self.kinds = [_kind(step, phase) for step in steps]
-        self.several = {kind for kind, n in Counter(self.kinds).items() if kind and n > 2}
+        self.kinds = {step.context.step: _kind(step, phase) for step in steps}
+        self.several = {kind for kind, n in Counter(self.kinds.values()).items() if kind and n > 2}
         self.rows: dict[tuple, _Rows] = {}
         self.graphs: dict[tuple, CudaGraph] = {}
         self.pool: Any = None
@@ -65,7 +65,7 @@ class StepGraphs:
         if kind not in self.several:
             self._keep(self.advance(self.state, step))
         elif kind not in self.rows:
-            self.rows[kind] = _Rows([other for other, its in zip(self.steps, self.kinds) if its == kind])
+            self.rows[kind] = _Rows([other for other, its in zip(self.steps, self.kinds.values()) if its == kind])
             self._advance_row(kind, step, captured=False)
         else:
             if kind not in self.graphs:

@@ -7,6 +7,7 @@ over the canvas.
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from instantas import ops
 from instantas.checks import flag, integer, positive, real
 from instantas.sampling.bridging import Bridge, Stage, View, bridge
+from instantas.sampling.checkpoint import Checkpoint, Recorder
 from instantas.sampling.evaluator import Evaluator
 from instantas.sampling.graphs import StepGraphs
 from instantas.sampling.noise import Level, levels
@@ -78,6 +80,7 @@ def sample(
     bridging: str | Bridge | None = None,
     cuda_graph: bool = False,
     callback: Callable | None = None,
+    checkpoint: str | os.PathLike | Checkpoint | None = None,
 ) -> torch.Tensor:
     """Denoise a canvas of any size through the windows of a plan.
 
@@ -119,6 +122,9 @@ def sample(
         callback: function of (step, timestep, latents) after each step; returns latents to go on with, or None.
             StopIteration ends the run, with its value as the latents if it has one. One with a parameter `denoised` is
             told the clean latents that `scheduler.step` gave beside, None where it gives none or is not called.
+        checkpoint: file in which the run is kept after every step (`instantas.sampling.checkpoint`, to say more), and
+            from which it goes on, to the same bits, if it is there. What tells a denoiser from another is what its
+            method `fingerprint` gives, names and values, if it has one. No gradients pass a file.
 
     Returns:
         (B, C, H, W) latents, of the dtype given.
@@ -127,7 +133,7 @@ def sample(
         TypeError, ValueError: naming the argument, what was expected and what came, before the denoiser is called.
     """
     evaluate = Evaluator(denoiser, window_batch_size)
-    bridging = bridge(bridging)
+    bridging, checkpoint = bridge(bridging), Checkpoint.of(checkpoint)
     _check_run(latents, plan)
     check_settings(len(latents), 0.0 if callable(guidance_rescale) else guidance_rescale, eta, generator)
     set_timesteps(scheduler, num_inference_steps, timesteps, latents.device)
@@ -145,19 +151,48 @@ def sample(
     advance: Callable = _Advance(evaluate, update, guidance_scale, guidance_rescale, plan, reuse)
     steps = _steps(latents, timesteps, stages, noise_levels, recurrence)
     told = {} if callback is None or "denoised" not in inspect.signature(callback).parameters else {"denoised": None}
-    if cuda_graph:
-        advance = StepGraphs(advance, steps, getattr(denoiser, "phase", None))
     deviation = 1.0 if from_picture else getattr(scheduler, "init_noise_sigma", 1.0)
-    state = State(latents * deviation, update.history(latents))
-    for i, (t, step) in enumerate(zip(timesteps, steps)):
-        state = advance(state, step)
-        if callback is not None:
-            told = {name: update.denoised for name in told}
-            try:
-                replaced = callback(i, t, state.canvas.clone() if cuda_graph else state.canvas, **told)
-            except StopIteration as stop:
-                return state.canvas if stop.value is None else stop.value
-            state = state if replaced is None else replace(state, canvas=replaced)
+    arguments = dict(
+        latents=latents,
+        plan=[(s.plan, w, s.view) for s, w in stages],
+        scheduler=scheduler,
+        timesteps=timesteps,
+        guidance_scale=guidance_scale,
+        guidance_rescale=guidance_rescale,
+        eta=eta,
+        generator=generator,
+        bridging=bridging,
+        denoiser=denoiser,
+    )
+    arguments |= getattr(denoiser, "fingerprint", dict)()
+    recorder = Recorder(
+        checkpoint,
+        arguments,
+        len(steps),
+        latents.device,
+        scheduler=update.scheduler,
+        generators=generator if isinstance(generator, list) else [generator],
+        callback=callback,
+        eta=eta,
+        overwritten=cuda_graph,
+    )
+    state, done = recorder.resume(State(latents * deviation, update.history(latents)))
+    if cuda_graph:
+        advance = StepGraphs(advance, steps[done:], getattr(denoiser, "phase", None))
+    with recorder:
+        for t, step in zip(timesteps[done:], steps[done:]):
+            state, stopped = advance(state, step), False
+            if callback is not None:
+                told = {name: update.denoised for name in told}
+                try:
+                    canvas = state.canvas.clone() if cuda_graph else state.canvas
+                    replaced = callback(step.context.step, t, canvas, **told)
+                except StopIteration as stop:
+                    stopped, replaced = True, stop.value
+                state = state if replaced is None else replace(state, canvas=replaced)
+            recorder.keep(state, step.context.step + 1, last=stopped)
+            if stopped:
+                break
     return state.canvas
 
 
@@ -267,10 +302,10 @@ class _LinearUpdate:
     """Merging, guidance and the scheduler's step in one pass, with coefficients that lie on the device.
 
     scale: (canvas, by what it is to be multiplied for the network, or None for nothing). step: (the next canvas, its
-    history, the latest predictions), from the canvas that `scale` gave.
+    history, the latest predictions), from the canvas that `scale` gave. scheduler: whose steps are taken; None: none's.
     """
 
-    denoised = None
+    denoised = scheduler = None
 
     def __init__(self, recurrence):
         self.scaled, self.entries = bool((recurrence.input_scale != 1).any()), recurrence.history

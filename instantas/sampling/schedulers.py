@@ -104,16 +104,22 @@ def begin_at(scheduler: Any, begin: int) -> None:
         scheduler.set_begin_index(begin)
 
 
+def copied(scheduler: Any) -> Any:
+    """A copy whose tensors are on the CPU, to be run on vectors."""
+    scheduler = copy.deepcopy(scheduler)
+    for name, value in vars(scheduler).items():
+        if isinstance(value, torch.Tensor):
+            setattr(scheduler, name, value.cpu().as_subclass(_Table))
+    return scheduler
+
+
 def _run(scheduler, sample, outputs, eta, begin):
     """Run a copy on vectors.
 
     Returns:
         samples (steps + 1, n), input scale (steps,) or None, what it kept after each step, whether it drew noise.
     """
-    scheduler = copy.deepcopy(scheduler)
-    for name, value in vars(scheduler).items():
-        if isinstance(value, torch.Tensor):
-            setattr(scheduler, name, value.cpu().as_subclass(_Table))
+    scheduler = copied(scheduler)
     begin_at(scheduler, begin)
     generator = torch.Generator().manual_seed(1)
     torch.default_generator.manual_seed(1)  # the CPU's alone: torch.manual_seed would reach every GPU's

@@ -44,7 +44,7 @@ def test_picture_of_the_asked_size_with_its_settings_inside(capsys):
         "method": "instantas",
         "bridging": "shift",
         "regions": [],
-        "masks": {},
+        "files": {},
         "region_mode": "blend",
         "base_weight": 0.0,
         "semantic_schedule": "constant",
@@ -130,7 +130,7 @@ def test_a_file_is_replaced_only_by_force(refused):
         (["--size", "8x8", "--bridging", "glue"], "bridging"),
         (["--size", "8x8", "--seed", "-1"], "seed"),
         (["--size", "8x8", "-o", "missing/a.png"], "missing"),
-        (["--size", "8x8", "-o", "a.jpg"], ".png"),
+        (["--size", "8x8", "-o", "a.gif"], ".png"),
         (["--size", "8x8", "--model", "no/such/folder"], "no/such/folder"),
         (["--size", "8x8", "-o", "a" * 250 + ".png"], "file that can be written"),
         (["--size", "8y8"], "WIDTHxHEIGHT"),
@@ -287,7 +287,7 @@ def test_regions_reach_the_pipeline_and_the_picture_records_them(monkeypatch):
         dict(recorded["regions"][1], prompt="night sky", box=[0, 0, 64, 64]),
         dict(recorded["regions"][2], prompt="snow", mask=mask, feather=8, guidance_scale=4),
     ]
-    assert recorded["masks"] == {mask: hashlib.sha256(Path("half.png").read_bytes()).hexdigest()}
+    assert recorded["files"] == {mask: hashlib.sha256(Path("half.png").read_bytes()).hexdigest()}
     for given, name, value in (
         (settings, "region_mode", "joint"),
         (settings, "base_weight", 0.25),

@@ -1,0 +1,115 @@
+"""`--like`, `--resume`: what a picture or a run's file carries are the settings of a run, where no others are given."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+from click.core import ParameterSource
+
+from instantas import __version__
+from instantas.cli.inputs import digests, files
+from instantas.cli.kept import BESIDE, read_kept
+from instantas.cli.model import EMBEDDED
+from instantas.cli.pictures import read_record
+
+OPTIONS = {  # a setting's name in the record: the option's
+    "num_inference_steps": "steps",
+    "guidance_scale": "guidance",
+    "negative_prompt": "negative",
+    "window_batch_size": "window_batch",
+} | {
+    name: name
+    for name in (
+        "model",
+        "scheduler",
+        "dtype",
+        "wrap",
+        "method",
+        "bridging",
+        "region_mode",
+        "base_weight",
+        "semantic_schedule",
+        "cuda_graph",
+        "image",
+        "strength",
+        "loras",
+        "controls",
+        "picture",
+        "scale",
+    )
+}
+INPUTS = ("image", "picture", "loras", "controls")  # options that name files
+
+
+def take_settings(context: click.Context, parameter: click.Parameter, path: Path | None) -> dict[str, Any] | None:
+    """The option's callback: what a picture was painted with becomes the other options' default.
+
+    Returns:
+        the settings in its record, and the path as "file".
+
+    Raises:
+        ValueError: for a picture, or a run's file, that this version of the command has not written.
+    """
+    if path is None:
+        return None
+    whose = parameter.name
+    text = read_record(path) if whose == "like" else read_kept(path)["note"]
+    if text["Software"] != f"instantas {__version__}":
+        raise ValueError(f"{whose}: expected a picture of instantas {__version__}, got one of {text['Software']}")
+    taken = {option.name for option in context.command.params}
+    options = {name: option for name, option in OPTIONS.items() if option in taken}
+    try:
+        settings = json.loads(text["settings"])
+        missing = [name for name in (*options, "files") if name not in settings]
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{whose}: expected settings in {str(path)!r}, got {text['settings']:.40}") from error
+    if missing:
+        what = f"expected a picture of `instantas {context.command.name}`, got one without {missing[0]}"
+        raise ValueError(f"{whose}: {what}")
+    defaults = {option: settings[name] for name, option in options.items()}
+    defaults |= {name: text[name] for name in ("prompt", "seed", "size") if name in taken}
+    defaults["wrap"] = tuple(settings["wrap"])
+    defaults["model"] = None if settings["model"] == EMBEDDED else settings["model"]
+    context.default_map = defaults
+    return settings | {"file": path}
+
+
+def check_unchanged(context: click.Context, settings: dict[str, Any], notes: list[dict]) -> None:
+    """Refuse files that are no longer what the picture was painted from; those that are asked for anew may be any.
+
+    Args:
+        notes: the regions that are taken over.
+
+    Raises:
+        ValueError: naming the file.
+    """
+    whose = "like" if context.params.get("like") else "resume"
+    taken = {name: context.params[name] for name in INPUTS if is_taken(context, name)}
+    image = taken.pop("image", None) or taken.pop("picture", None)
+    for path in files(notes, image, **taken):
+        if not path.is_file() or digests([path])[str(path)] != settings["files"].get(str(path)):
+            state = "which has changed" if path.is_file() else "which is gone"
+            raise ValueError(f"{whose}: expected what the picture was painted from, got {str(path)!r}, {state}")
+
+
+def check_beside(context: click.Context) -> None:
+    """Refuse options beside `--resume` that would make another picture.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    if surplus := [name for name in context.params if is_given(context, name) and name not in BESIDE]:
+        raise ValueError(f"resume: expected only {', '.join(BESIDE[1:])} beside it, got {surplus[0]}")
+
+
+def is_given(context: click.Context, name: str) -> bool:
+    """Whether an option was typed."""
+    return context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+
+
+def is_taken(context: click.Context, name: str) -> bool:
+    """Whether an option's value is the picture's."""
+    return context.get_parameter_source(name) is ParameterSource.DEFAULT_MAP

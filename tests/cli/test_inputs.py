@@ -1,0 +1,206 @@
+"""`instantas generate --image --strength --lora --control`: what the pipeline is given, what the picture records."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import ControlNetModel, StableDiffusionPipeline, UNet2DConditionModel
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from PIL import Image
+
+from instantas import InstantASPipeline, demo
+from instantas.cli import main
+from instantas.cli.pictures import read_record
+
+RUN = ("--steps", "4", "--seed", "3", "--device", "cpu")
+
+
+def photo(width=40, height=24, seed=0, mode="RGB"):
+    rng = np.random.default_rng(seed)
+    small = Image.fromarray(rng.integers(0, 256, (4, 6, 3), dtype=np.uint8))
+    return small.resize((width, height), Image.Resampling.BICUBIC).convert(mode)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Two LoRAs and two ControlNets for the embedded model."""
+    folder = tmp_path_factory.mktemp("weights")
+    for number in (0, 1):
+        torch.manual_seed(number)
+        unet = UNet2DConditionModel.from_pretrained(demo.folder(), subfolder="unet")
+        net = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(16, 16, 32, 32))
+        for layer in (*net.controlnet_down_blocks, net.controlnet_mid_block, net.controlnet_cond_embedding.conv_out):
+            torch.nn.init.normal_(layer.weight, std=0.1)
+        net.save_pretrained(folder / f"net{number}")
+        unet.add_adapter(LoraConfig(r=2, init_lora_weights=False, target_modules=["to_q", "to_v"]))
+        layers = get_peft_model_state_dict(unet)
+        name = f"lora{number}.safetensors"
+        StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=layers, weight_name=name)
+    return folder
+
+
+def pixels(name="instantas.png"):
+    with Image.open(name) as picture:
+        return np.asarray(picture)
+
+
+def painted(pipe, **settings):
+    generator = torch.Generator().manual_seed(3)
+    return np.asarray(pipe("lava", num_inference_steps=4, generator=generator, **settings).images[0])
+
+
+def settings(name="instantas.png"):
+    return json.loads(read_record(Path(name))["settings"])
+
+
+def digest(path):
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def paints_again(name="instantas.png"):
+    main(["generate", "--like", name, "--device", "cpu", "-o", "again.png"])
+    return np.array_equal(pixels(name), pixels("again.png")) and settings(name) == settings("again.png")
+
+
+@pytest.mark.parametrize(
+    "options, size, strength, steps", [([], (40, 24), 0.8, 3), (["--size", "64x72"], (64, 72), 0.5, 2)]
+)
+def test_a_picture_to_start_from(capsys, options, size, strength, steps):
+    photo().save("photo.png")
+    options = options + ["--strength", str(strength)] * (strength != 0.8)
+    main(["generate", "lava", "--image", "photo.png", *options, *RUN])
+    assert f"in {steps} steps" in capsys.readouterr().out
+    pipe = InstantASPipeline.from_pretrained(demo.folder())
+    wanted = painted(pipe, image=photo(), strength=strength, width=size[0], height=size[1])
+    assert np.array_equal(pixels(), wanted)
+    path = str(Path("photo.png").resolve())
+    noted = settings()
+    assert (noted["image"], noted["strength"], noted["files"]) == (path, strength, {path: digest(path)})
+    assert paints_again()
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`:UserWarning:peft")
+def test_loras_are_added_by_their_scales(folder):
+    one, two = folder / "lora0.safetensors", folder / "lora1.safetensors"
+    main(["generate", "lava", "--size", "40x24", *RUN, "--lora", str(one), "--lora", f"{two}:-0.5"])
+    pipe = InstantASPipeline.from_pretrained(demo.folder())
+    plain = painted(pipe, width=40, height=24)
+    pipe.load_lora_weights(str(one), adapter_name="a")
+    pipe.load_lora_weights(str(two), adapter_name="b")
+    pipe.set_adapters(["a", "b"], [1.0, -0.5])
+    assert np.array_equal(pixels(), painted(pipe, width=40, height=24))
+    assert not np.array_equal(pixels(), plain)
+    assert settings()["loras"] == [f"{one}:1.0", f"{two}:-0.5"]
+    assert settings()["files"] == {str(one): digest(one), str(two): digest(two)}
+    assert paints_again()
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("start", [False, True], ids=["from noise", "from a picture"])
+def test_control_nets_are_told_their_pictures(folder, count, start):
+    images = [photo(seed=number + 1) for number in range(count)]
+    arguments = []
+    for number, image in enumerate(images):
+        image.save(f"hint{number}.png")
+        arguments += ["--control", f"hint{number}.png:{folder / f'net{number}'}"]
+    if start:
+        photo().save("photo.png")
+        arguments += ["--image", "photo.png", "--strength", "0.5"]
+    main(["generate", "lava", *arguments, *RUN])
+    nets = [ControlNetModel.from_pretrained(folder / f"net{number}") for number in range(count)]
+    pipe = InstantASPipeline.from_pretrained(demo.folder(), controlnet=nets if count > 1 else nets[0])
+    hint = images if count > 1 else images[0]
+    told = dict(image=photo(), strength=0.5, control_image=hint) if start else dict(image=hint)
+    assert np.array_equal(pixels(), painted(pipe, width=40, height=24, **told))
+    other = dict(
+        told, **{"control_image" if start else "image": [photo(seed=9)] * count if count > 1 else photo(seed=9)}
+    )
+    assert not np.array_equal(pixels(), painted(pipe, width=40, height=24, **other))
+    assert [entry.rpartition(":")[2] for entry in settings()["controls"]] == [
+        str(folder / f"net{n}") for n in range(count)
+    ]
+    assert len(settings()["files"]) == count + start
+    assert paints_again()
+
+
+@pytest.mark.parametrize("name", ["photo.png", "hint.png", "lora.safetensors"])
+def test_an_input_that_is_another_now_is_refused(refused, folder, name):
+    photo().save("photo.png")
+    photo(seed=1).save("hint.png")
+    Path("lora.safetensors").write_bytes((folder / "lora0.safetensors").read_bytes())
+    inputs = ["--image", "photo.png", "--lora", "lora.safetensors", "--control", f"hint.png:{folder / 'net0'}"]
+    main(["generate", "lava", *inputs, *RUN, "-o", "a.png"])
+    with open(name, "ab") as file:
+        file.write(b" ")
+    line = refused("generate", "--like", "a.png", "-o", "b.png")
+    assert line.endswith("which has changed") and name in line and not Path("b.png").exists()
+    asked = {"photo.png": inputs[:2], "lora.safetensors": inputs[2:4], "hint.png": inputs[4:]}[name]
+    if name != "lora.safetensors":  # whose format knows of no such byte
+        main(["generate", "--like", "a.png", *asked, "-o", "b.png", "--device", "cpu"])
+
+
+@pytest.mark.parametrize("kind", ["clear", "palette", "grey", "cmyk", "turned", "one pixel", "deep colours"])
+def test_pictures_of_every_kind_start_a_run(kind):
+    image = photo(1, 1) if kind == "one pixel" else photo()
+    name, wanted, how = "photo.png", image.size, {}
+    if kind == "clear":
+        image.putalpha(128)
+    elif kind == "turned":
+        how["exif"] = Image.Exif()
+        how["exif"][0x0112] = 8
+        name, wanted = "photo.jpg", (24, 40)
+    elif kind == "deep colours":
+        name = "photo.tif"
+    else:
+        image = image.convert({"palette": "P", "grey": "L", "cmyk": "CMYK"}.get(kind, "RGB"))
+        name = "photo.tif" if kind == "cmyk" else name
+    image.save(name, **how)
+    main(["generate", "lava", "--image", name, *RUN])
+    assert pixels().shape == (wanted[1], wanted[0], 3)
+
+
+@pytest.mark.parametrize(
+    "arguments, told",
+    [
+        (["--image", "none.png"], "image: expected a picture file, got 'none.png'"),
+        (["--image", "broken.png"], "image: expected a picture file, got 'broken.png'"),
+        (["--image", "deep.png"], "image: expected 8 bits a channel, got mode 'I;16' of 'deep.png'"),
+        (["--image", "photo.png", "--strength", "1.5"], "strength: expected 0 to 1, got 1.5"),
+        (["--image", "photo.png", "--strength", "nan"], "strength: expected"),
+        (["--image", "photo.png", "--strength", "0"], "strength: expected at least 0.25, one of 4 steps, got 0"),
+        (["--size", "8x8", "--strength", "0.5"], "strength: expected none without --image, got 0.5"),
+        (
+            ["--size", "8x8", "--lora", "none.safetensors"],
+            "lora: expected weights for the model, got 'none.safetensors'",
+        ),
+        (["--size", "8x8", "--lora", "photo.png"], "lora: expected weights for the model, got 'photo.png'"),
+        (["--size", "8x8", "--lora", "empty.safetensors:0.5"], "lora: expected weights for the model, got 'empty.saf"),
+        (["--control", "photo.png"], "expected IMAGE:MODEL, such as edges.png:my/controlnet, got 'photo.png'"),
+        (["--control", "photo.png:"], "expected IMAGE:MODEL"),
+        (["--control", "none.png:net"], "control: expected a picture file, got 'none.png'"),
+        (["--control", "photo.png:net"], "control: expected a ControlNet, got 'net'"),
+        (["--control", "photo.png:photo.png"], "control: expected a ControlNet, got 'photo.png'"),
+        (["--control", "photo.png:other"], "control: expected cross_attention_dim 64, the model's, got 32 of 'other'"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(refused, arguments, told):
+    photo().save("photo.png")
+    Path("broken.png").write_bytes(Path("photo.png").read_bytes()[:200])
+    Image.fromarray(np.zeros((4, 4), np.uint16)).save("deep.png")
+    Path("empty.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}")
+    Path("net").mkdir()
+    if "photo.png:other" in arguments:
+        ControlNetModel(
+            block_out_channels=(8, 8),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            cross_attention_dim=32,
+            attention_head_dim=2,
+            norm_num_groups=2,
+        ).save_pretrained("other")
+    before = set(Path().iterdir())
+    assert told in refused("generate", "lava", *RUN, *arguments)
+    assert set(Path().iterdir()) == before
