@@ -23,6 +23,7 @@ def load(model: str | None, scheduler: str | None, dtype: str | None, device: st
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
     from instantas import demo
+    from instantas.pipelines.arguments import check_pipeline
     from instantas.pipelines.pipeline import InstantASPipeline
 
     device = device or default_device()
@@ -30,6 +31,7 @@ def load(model: str | None, scheduler: str | None, dtype: str | None, device: st
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch_dtype: the name that takes its place is too new
         pipe = InstantASPipeline.from_pretrained(model or demo.folder(), torch_dtype=precision).to(device)
+    check_pipeline(pipe.pipe, whole=True)
     if scheduler:
         name, settings = SCHEDULERS[scheduler]
         pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config, **settings)
