@@ -4,7 +4,7 @@ BIN := .venv/bin
 EXTRAS := diffusers,plot,train,test,bench,lint
 STAMP := .venv/.installed
 
-.PHONY: setup demo test bench bench-gpu lint triton-3.6
+.PHONY: setup demo test bench bench-gpu hub lint triton-3.6
 
 setup: $(STAMP)
 
@@ -40,6 +40,10 @@ bench-gpu:
 	($(call needs,diffusers,modes); $(ANY) -m bench.modes) || status=1; \
 	($(call needs,matplotlib,report); $(ANY) -m bench.report) || status=1; \
 	exit $$status
+
+# A copy of the operations that Hugging Face's `kernels` loads: kernels.get_local_kernel(Path("build")).
+hub: $(STAMP)
+	$(BIN)/python setup.py -q hub
 
 # Beside what is installed, for tests/ops/test_triton_aot.py: the Triton of torch 2.11, which compiles less.
 triton-3.6: build/triton-3.6

@@ -7,7 +7,9 @@ CXX names the C++ compiler, CUDA_HOME the toolkit, TORCH_CUDA_ARCH_LIST the arch
 here, and what comes after them; without a device, 8.0+PTX and 9.0a).
 """
 
+import hashlib
 import importlib.metadata
+import json
 import os
 import re
 import runpy
@@ -26,7 +28,7 @@ import setuptools
 if int(setuptools.__version__.split(".")[0]) < 77:
     sys.exit(f"instantas: setuptools>=77 builds it, here is {setuptools.__version__}: pip install 'setuptools>=77'")
 
-from setuptools import Extension, find_packages, setup
+from setuptools import Command, Extension, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
@@ -220,6 +222,44 @@ class Wheel(bdist_wheel):
         return "py3", "none", "any"
 
 
+class Hub(Command):
+    """Lays out the operations for Hugging Face's `kernels`: their Python and Triton, for every system and torch."""
+
+    description = "lay out a variant for Hugging Face's `kernels` in build/torch-universal (see build.toml)"
+    user_options = [("output=", "o", "folder of the variants (build)")]
+    FACE = '__version__ = "{}"\n\nfrom .ops import *\nfrom .windows import WindowPlan\n'
+
+    def initialize_options(self):
+        self.output = "build"
+
+    def finalize_options(self):
+        self.variant = Path(self.output, "torch-universal")
+
+    def run(self):
+        import tomllib  # of Python 3.11
+
+        general = tomllib.loads(Path("build.toml").read_text())["general"]
+        files = [Path("instantas", f"{stem}.py") for stem in ("checks", "files", "plots", "windows")]
+        files += sorted([*Path("instantas", "ops").glob("*.py"), *Path("instantas", "kernels").glob("*.py")])
+        texts = {file.relative_to("instantas"): file.read_text() for file in files}
+        texts[Path("__init__.py")] = self.FACE.format(self.distribution.get_version())
+        digest = hashlib.sha256("".join(map(texts.get, sorted(texts))).encode()).hexdigest()[:8]
+        metadata = {
+            "name": general["name"],
+            "id": f"_{general['name']}_universal_{digest}",  # the package's name where it is loaded, and the operators'
+            "version": general["version"],
+            "license": general["license"],
+            "python-depends": [],
+            "backend": {"type": "cpu"},
+        }
+        texts[Path("metadata.json")] = json.dumps(metadata, indent=2) + "\n"
+        shutil.rmtree(self.variant, ignore_errors=True)
+        for file, text in texts.items():
+            (self.variant / file).parent.mkdir(parents=True, exist_ok=True)
+            (self.variant / file).write_text(text)
+        print(f"instantas: laid out {self.variant}", file=sys.stderr)
+
+
 # `kernels/` at the top level has no __init__.py, so that it never shadows Hugging Face's `kernels` package; a relative
 # symlink instantas/kernels makes it importable as `instantas.kernels` in a checkout, an editable install, a wheel.
 setup(
@@ -231,5 +271,5 @@ setup(
     },
     include_package_data=False,
     ext_modules=[library(*item) for item in zip(RECIPES, ("*.cpp", "*.cu")) if any(SOURCES.glob(item[1]))],
-    cmdclass={"build_ext": BuildLibraries, "bdist_wheel": Wheel},
+    cmdclass={"build_ext": BuildLibraries, "bdist_wheel": Wheel, "hub": Hub},
 )

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from instantas.files import whole_file
+from .files import whole_file
 
 
 def save_figure(figure: Any, path: str | os.PathLike) -> None:

@@ -18,7 +18,7 @@ import torch
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.utils._python_dispatch import _disable_current_modes
 
-from instantas.checks import flag, integer, pair, positive
+from .checks import flag, integer, pair, positive
 
 WEIGHT_KINDS = ("uniform", "linear", "gaussian", "cosine")
 GAUSSIAN_VARIANCE = 0.01  # of a window of length 1: the value in common use for latent tiles
@@ -304,7 +304,7 @@ class WindowPlan:
 
     def plot(self, path: str | os.PathLike) -> None:
         """Draw the layout to a picture file (needs matplotlib); the shade says how many windows cover a cell."""
-        from instantas.plots import plot_plan
+        from .plots import plot_plan
 
         plot_plan(self, path)
 

@@ -91,6 +91,16 @@ def test_what_stands_alone_imports_torch_alone():
         assert "instantas" not in {module.split(".")[0] for _, module in imports(path)}
 
 
+def test_what_the_hub_is_given_imports_the_package_by_no_name():
+    """A copy under another name is whole (setup.py hub): its imports are relative."""
+    rooms = {"checks", "files", "plots", "windows", "kernels", "ops"}
+    for path in (path for path in sources() if room(module_of(path)) in rooms):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [name.name for name in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+            assert "instantas" not in {name.split(".")[0] for name in names}, path
+
+
 def test_only_pipelines_and_what_is_above_know_diffusers():
     for path in sources():
         if FLOOR[room(module_of(path))] < FLOOR["pipelines"]:

@@ -38,6 +38,7 @@ def load(
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
     from instantas import demo
+    from instantas.pipelines.arguments import check_pipeline
     from instantas.pipelines.pipeline import InstantASPipeline
 
     device = device or default_device()
@@ -47,6 +48,7 @@ def load(
         nets = [_control_net(control.model, precision) for control in controls]
         extra = {"controlnet": nets if len(nets) > 1 else nets[0]} if nets else {}
         pipe = InstantASPipeline.from_pretrained(model or demo.folder(), torch_dtype=precision, **extra)
+    check_pipeline(pipe.pipe, whole=True)
     for net, control in zip(nets, controls):
         for name in ("cross_attention_dim", "block_out_channels"):
             ours, theirs = pipe.unet.config[name], net.config[name]

@@ -14,9 +14,11 @@ from typing import Any, overload
 
 import torch
 
-from instantas.ops.backend import backends, use_backend
-from instantas.ops.order import region_order
-from instantas.ops.validation import (
+from ..windows import WindowPlan
+from .backend import backends, use_backend
+from .order import region_order
+from .registration import operators
+from .validation import (
     check_constant,
     check_order,
     check_plan,
@@ -28,7 +30,6 @@ from instantas.ops.validation import (
     tracing,
     vector,
 )
-from instantas.windows import WindowPlan
 
 __all__ = [
     "backends",
@@ -62,7 +63,7 @@ def gather_windows(canvas: torch.Tensor, plan: WindowPlan) -> torch.Tensor:
     """
     check_plan(plan)
     check_tensor("canvas", canvas, "(B, C, height, width)", (None, None, plan.height, plan.width))
-    return torch.ops.instantas.gather_windows(canvas, *plan.tables(canvas.device), plan.geometry)
+    return operators.gather_windows(canvas, *plan.tables(canvas.device), plan.geometry)
 
 
 def scatter_windows(windows: torch.Tensor, plan: WindowPlan, weight: torch.Tensor | None = None) -> torch.Tensor:
@@ -92,7 +93,7 @@ def scatter_windows(windows: torch.Tensor, plan: WindowPlan, weight: torch.Tenso
     check_plan(plan, partial=False)
     check_tensor("windows", windows, "(B, n, C, h, w)", (None, plan.count, None, *plan.window))
     check_weight(weight, plan, windows)
-    return torch.ops.instantas.scatter_windows(windows, weight, *plan.tables(windows.device), plan.geometry, True)
+    return operators.scatter_windows(windows, weight, *plan.tables(windows.device), plan.geometry, True)
 
 
 @overload
@@ -211,7 +212,7 @@ def guided_step(
         check_tensor("latest", latest, "(branches, B, C, height, width)", (branches, *sample.shape), like=sample)
     none = sample.new_empty(0, *sample.shape)
     guidance, guidance_map = _guidance(guidance_scale, plan, sample.device)
-    new_sample, new_history, new_latest = torch.ops.instantas.guided_step(
+    new_sample, new_history, new_latest = operators.guided_step(
         cond,
         uncond,
         sample,
@@ -316,6 +317,4 @@ def regional_attention(
         prompt_ids = prompt_ids.clamp(-1, key.shape[0]).int()
     if order is not None and order.dtype == torch.int64:
         order = order.clamp(-1, n).int()
-    return torch.ops.instantas.regional_attention(
-        query, key, value, prompt_ids, weights, mode == "joint", scale, order, factor
-    )
+    return operators.regional_attention(query, key, value, prompt_ids, weights, mode == "joint", scale, order, factor)

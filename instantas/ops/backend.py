@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from instantas.ops import reference, stamp
-from instantas.ops.library import CPP, CUDA
-from instantas.ops.schemas import SCHEMAS
+from . import reference, stamp
+from .library import CPP, CUDA
+from .schemas import SCHEMAS
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 FLOAT32_AND_BELOW = (torch.float32, torch.float16, torch.bfloat16)
@@ -150,7 +150,7 @@ def _cuda_refused(device: torch.device) -> str | None:
 
 @functools.cache
 def _triton_functions() -> dict[str, Callable[..., Any]]:
-    modules = [importlib.import_module(f"instantas.kernels.{stem}") for stem in ("windows", "step", "attention")]
+    modules = [importlib.import_module(f"..kernels.{stem}", __package__) for stem in ("windows", "step", "attention")]
     return {op: next(getattr(m, op) for m in modules if hasattr(m, op)) for op in SCHEMAS}
 
 

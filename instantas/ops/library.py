@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from instantas import __version__
-from instantas.ops import cpu, stamp
-from instantas.ops.schemas import ROWS, SCHEMAS
+from .. import __version__
+from . import cpu, stamp
+from .schemas import ROWS, SCHEMAS
 
 
 class Library:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from instantas.ops.validation import check_tensor
+from .validation import check_tensor
 
 WORD = 62  # bits of a key that int64 compares as a number >= 0
 

@@ -1,4 +1,7 @@
-"""The operators `torch.ops.instantas.*`: schema, dispatch, fake tensors and autograd, the same for every backend."""
+"""The operators `torch.ops.instantas.*`: schema, dispatch, fake tensors and autograd, the same for every backend.
+
+Their namespace is the package's name: a copy that is loaded under another one has operators of its own (`make hub`).
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,13 @@ from collections.abc import Sequence
 
 import torch
 
-from instantas.ops import reference
-from instantas.ops.backend import REFERENCE, implementation
-from instantas.ops.schemas import SCHEMAS
+from . import reference
+from .backend import REFERENCE, implementation
+from .schemas import SCHEMAS
 
-_library = torch.library.Library("instantas", "DEF")
+NAMESPACE = __package__.rpartition(".")[0].replace(".", "_")
+operators = getattr(torch.ops, NAMESPACE)
+_library = torch.library.Library(NAMESPACE, "DEF")
 
 # The scale of a compiled graph is a tensor, float64 on the CPU, that the number in `scale` is multiplied by.
 _FACTOR = ("Tensor? order=None)", "Tensor? order=None, Tensor? factor=None)")
@@ -46,7 +51,7 @@ def weight_total(weight: torch.Tensor, tables: Sequence[torch.Tensor], geometry:
     origins = tables[0]
     n, (h, w) = origins.shape[0], geometry[2:4]
     windows = weight.expand(n, h, w).contiguous()[None, :, None]
-    return torch.ops.instantas.scatter_windows(windows, None, *tables, geometry, False)[0, 0]
+    return operators.scatter_windows(windows, None, *tables, geometry, False)[0, 0]
 
 
 def _wide(tensor):
@@ -60,31 +65,31 @@ def _unit(weight, like, geometry):
 
 def _weighted_windows(canvas, weight, tables, geometry):
     """The adjoint of the weighted sum of windows over each cell."""
-    windows = torch.ops.instantas.gather_windows(canvas, *tables, geometry)
+    windows = operators.gather_windows(canvas, *tables, geometry)
     return windows * (weight if weight.dim() == 2 else weight[:, None])
 
 
-@torch.library.register_fake("instantas::gather_windows")
+@torch.library.register_fake(f"{NAMESPACE}::gather_windows")
 def _(canvas, origins, cover_start, cover_index, geometry):
     return canvas.new_empty(canvas.shape[0], origins.shape[0], canvas.shape[1], *geometry[2:4])
 
 
-@torch.library.register_fake("instantas::scatter_windows")
+@torch.library.register_fake(f"{NAMESPACE}::scatter_windows")
 def _(windows, weight, origins, cover_start, cover_index, geometry, normalize):
     return windows.new_empty(windows.shape[0], windows.shape[2], *geometry[:2])
 
 
-@torch.library.register_fake("instantas::guided_step")
+@torch.library.register_fake(f"{NAMESPACE}::guided_step")
 def _(cond, uncond, sample, weight, history, latest, *rest):
     return tuple(t.new_empty(t.shape) for t in (sample, history, latest))
 
 
-@torch.library.register_fake("instantas::regional_attention")
+@torch.library.register_fake(f"{NAMESPACE}::regional_attention")
 def _(query, *rest):
     return query.new_empty(query.shape)
 
 
-@torch.library.register_fake("instantas::regional_attention_backward")
+@torch.library.register_fake(f"{NAMESPACE}::regional_attention_backward")
 def _(grad, query, key, value, *rest):
     return tuple(t.new_empty(t.shape) for t in (query, key, value))
 
@@ -96,7 +101,7 @@ def _gather_setup(ctx, inputs, output):
 
 def _gather_backward(ctx, grad):
     tables = ctx.saved_tensors
-    return torch.ops.instantas.scatter_windows(grad, None, *tables, ctx.geometry, False), None, None, None, None
+    return operators.scatter_windows(grad, None, *tables, ctx.geometry, False), None, None, None, None
 
 
 def _scatter_setup(ctx, inputs, output):
@@ -158,7 +163,7 @@ def _attention_setup(ctx, inputs, output):
 
 def _attention_backward(ctx, grad):
     *tensors, order, factor = ctx.saved_tensors
-    grads = torch.ops.instantas.regional_attention_backward(grad, *tensors, ctx.joint, ctx.scale, order, factor)
+    grads = operators.regional_attention_backward(grad, *tensors, ctx.joint, ctx.scale, order, factor)
     return *grads, *[None] * 6
 
 
@@ -180,4 +185,4 @@ for _name, _backward, _setup in (
     ("regional_attention", _attention_backward, _attention_setup),
     ("regional_attention_backward", _attention_second_backward, _attention_setup),
 ):
-    torch.library.register_autograd(f"instantas::{_name}", _backward, setup_context=_setup)
+    torch.library.register_autograd(f"{NAMESPACE}::{_name}", _backward, setup_context=_setup)

@@ -10,8 +10,8 @@ import torch
 from torch.autograd import forward_ad
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from instantas.ops.registration import weight_total
-from instantas.windows import WindowPlan
+from ..windows import WindowPlan
+from .registration import weight_total
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 

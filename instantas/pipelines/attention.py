@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from diffusers import StableDiffusionInstructPix2PixPipeline, StableDiffusionXLInstructPix2PixPipeline
 from diffusers.models.attention_processor import Attention
 from diffusers.utils import USE_PEFT_BACKEND, scale_lora_layers, unscale_lora_layers
 
@@ -31,6 +32,9 @@ from instantas.regions.weights import Place, PromptWeights
 from instantas.sampling.bridging import View
 from instantas.sampling.sampler import StepContext
 from instantas.windows import WindowPlan
+
+EDITING = (StableDiffusionInstructPix2PixPipeline, StableDiffusionXLInstructPix2PixPipeline)
+"""Guided by a prompt and by a picture: their batches are [both, the picture alone, neither]."""
 
 __all__ = ["RegionalAttnProcessor", "RegionalPrompts", "regional_prompts"]
 
@@ -102,6 +106,7 @@ class RegionalPrompts:
         call, seen = bound(self.module, args, kwargs), SEEN.get()
         whole = call if seen is None else seen.call
         sample, embeddings = call["sample"], whole["encoder_hidden_states"]
+        frames = sample.shape[2] if sample.dim() == 5 else 1  # of a video (B, C, frames, h, w): pictures in a row
         if call.get("encoder_attention_mask") is not None:
             raise ValueError("encoder_attention_mask: expected None with regional prompts, got a mask")
         for attn, processor in layers.items():
@@ -114,14 +119,15 @@ class RegionalPrompts:
         running = self._pipe if is_running(self._pipe) else None
         with self._lock:
             if self._base is None:
-                expected = len(whole["sample"])
+                expected = len(whole["sample"]) * frames
                 if len(embeddings) != expected:
                     raise ValueError(f"encoder_hidden_states: expected {expected} prompts, got {len(embeddings)}")
                 self.bank.update(embeddings, self._encode or self._encoder(running, scale))
-            place = self._place or self._placed(whole, seen and seen.place, running)
+            place = self._place or self._placed(whole, seen and seen.place, running, frames)
             if self._weights is None or self._weights.regions is not self.regions:
                 self._weights = PromptWeights(self.regions, self.bank, self.mode == "joint")
-            layout = self._weights.layout(place, sample.shape, sample.device, self._base)
+            batch = torch.Size((len(sample) * frames, sample.shape[1], *sample.shape[-2:]))
+            layout = self._weights.layout(place, batch, sample.device, self._base)
             keys, values = zip(*self._project(layers, scale))
         position = list(signature(self.module).parameters).index("encoder_hidden_states") - 1
         return with_prompts(args, kwargs, position, Attended(layout, keys, values, self.mode))
@@ -134,7 +140,7 @@ class RegionalPrompts:
         lora_scale = scale if running is None else (kwargs or {}).get("scale", 1.0)
         return PipelineEncoder(self._pipe, clip_skip, None if lora_scale == 1.0 else lora_scale)
 
-    def _placed(self, call, windows, running):
+    def _placed(self, call, windows, running, frames):
         """The place of a batch of whole canvases, which `call` is of, or of those windows of each (`hosted.Place`)."""
         sample = call["sample"]
         size = tuple(sample.shape[-2:])
@@ -143,8 +149,8 @@ class RegionalPrompts:
             self.regions = RegionMap(
                 self.bank.lists, size[0] * cell, size[1] * cell, device=sample.device, **self._settings
             )
-        pictures = len(sample) // 2 if self._is_guided(len(sample), call, running) else len(sample)
-        progress = 0.0
+        branches, progress = self._branches(len(sample), call, running), 0.0
+        elements = len(sample) // len(branches)
         if self.regions.dynamic:  # read only where it matters, as it waits for the GPU
             scheduler = self._scheduler or getattr(self._pipe, "scheduler", None)
             if scheduler is None:
@@ -152,15 +158,18 @@ class RegionalPrompts:
             progress = self._progress(scheduler, call["timestep"], getattr(running, "_num_timesteps", None))
         device = self.regions.masks.device
         if windows is None:
-            return Place.whole(pictures, size, progress, device)
-        rows = torch.cartesian_prod(torch.arange(pictures), torch.tensor(windows.numbers))
-        origins = windows.origins[: len(rows)].to(device)  # the same for each of the batch's elements
-        return Place(windows.plan, rows, origins, progress, windows.view)
+            return Place.whole(elements * frames, size, progress, device, branches)
+        each = torch.arange(elements), torch.tensor(windows.numbers), torch.arange(frames)
+        element, number, frame = torch.cartesian_prod(*each).T
+        rows = torch.stack([element * frames + frame, number], dim=1)
+        origins = windows.origins[: len(rows) // frames]  # the same for each of the batch's elements
+        origins = origins.to(device).repeat_interleave(frames, 0)
+        return Place(windows.plan, rows, origins, progress, windows.view, branches=branches)
 
-    def _is_guided(self, batch, call, running):
-        """Whether a batch is [uncond, cond]: as was said, as the running pipeline says, or as alone fits its size."""
+    def _branches(self, batch, call, running):
+        """Of each part of a batch whether it is conditional: as was said, as the pipeline says, or as alone fits."""
         guided = self._guided
-        if guided is None and running is not None:
+        if guided is None and running is not None and hasattr(running, "do_classifier_free_guidance"):
             # a ControlNet that guesses has the conditional half alone
             guided = running.do_classifier_free_guidance and not call.get("guess_mode")
         if guided is None and batch % (2 * self.regions.pictures) == 0 and any(self.regions.lists):
@@ -168,12 +177,18 @@ class RegionalPrompts:
                 f"classifier_free_guidance: expected True or False outside of the pipeline's own call, as a batch of "
                 f"{batch} may be [uncond, cond] or {batch} pictures, got None"
             )
-        if guided and batch % 2:
+        if guided and isinstance(self._pipe, EDITING):
+            branches = (True, False, False)
+        else:
+            perturbed = getattr(running, "do_perturbed_attention_guidance", False) and not call.get("guess_mode")
+            branches = (False,) * bool(guided) + (True,) * (2 if perturbed else 1)
+        if batch % len(branches):
+            parts = ", ".join("cond" if conditional else "uncond" for conditional in branches)
             raise ValueError(
-                f"sample: expected a batch [uncond, cond], got {batch}; classifier_free_guidance=False says that "
+                f"sample: expected a batch [{parts}], got {batch}; classifier_free_guidance=False says that "
                 "there is no guidance"
             )
-        return bool(guided)
+        return branches
 
     def _project(self, layers, lora_scale):
         """Keys and values of each layer, anew where the bank, the weights or the LoRA scale have changed.

@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline
 from typing_extensions import Self
 
 from instantas.checks import flag, integer, pair
-from instantas.pipelines.arguments import check_pipeline, is_xl
+from instantas.pipelines.arguments import PIPELINES, check_pipeline, is_xl
 from instantas.pipelines.callbacks import RunSettings
 from instantas.pipelines.loading import load
 from instantas.windows import WindowPlan
@@ -22,16 +22,27 @@ class HeldPipeline(RunSettings):
     """What `InstantASPipeline` is beside its call: everything that is not said here is the held pipeline's."""
 
     def __init__(self, pipe: DiffusionPipeline, defaults: dict | None = None):
-        check_pipeline(pipe, whole=False)
-        usual = {
-            name: inspect.signature(type(pipe).__call__).parameters[name].default
-            for name in ("num_inference_steps", "guidance_scale")
-        }
+        self._check(pipe)
+        known = inspect.signature(type(pipe).__call__).parameters
+        usual = {name: known[name].default for name in ("num_inference_steps", "guidance_scale") if name in known}
         self.__dict__.update(pipe=pipe, defaults=usual | (defaults or {}))
+
+    @staticmethod
+    def _check(pipe):
+        check_pipeline(pipe, whole=False)
+
+    @classmethod
+    def _around(cls, pipe, defaults=None):
+        from instantas.pipelines.hosted import HostedPipeline  # which is one of these
+
+        own = isinstance(pipe, PIPELINES) or not isinstance(pipe, DiffusionPipeline)
+        return (cls if own else HostedPipeline)(pipe, defaults)
 
     @classmethod
     def from_pretrained(cls, model: str | os.PathLike, **settings: Any) -> Self:
         """Load a model from a folder in diffusers' layout, from a single checkpoint file or from the hub.
+
+        Its pipeline may be of any kind that `from_pipe` takes.
 
         Args:
             settings: of diffusers' `from_pretrained` or `from_single_file`, such as torch_dtype, variant, controlnet.
@@ -39,16 +50,19 @@ class HeldPipeline(RunSettings):
         Raises:
             ValueError: for a folder or file that is missing or incomplete.
         """
-        return cls(*load(model, **settings))
+        return cls._around(*load(model, **settings))
 
     @classmethod
     def from_pipe(cls, pipe: DiffusionPipeline) -> Self:
         """Around a diffusers pipeline that is there already; its components are shared, not copied.
 
+        Kinds beside `arguments.PIPELINES` (img2img, inpainting, InstructPix2Pix, PAG, T2I-Adapter, AnimateDiff, ...)
+        give a `hosted.HostedPipeline`, which runs their own call with its own arguments.
+
         Raises:
-            TypeError: for a pipeline of another kind than text to image, whose part in the picture would be lost.
+            TypeError: for a pipeline whose network cannot be given windows, with the reason.
         """
-        return cls(pipe.pipe if isinstance(pipe, HeldPipeline) else pipe)
+        return cls._around(pipe.pipe if isinstance(pipe, HeldPipeline) else pipe)
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """Move the components, as diffusers' `to` does."""

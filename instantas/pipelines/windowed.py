@@ -191,7 +191,7 @@ def windowed(
         TypeError: for a pipeline of another kind, or one whose networks cannot be given windows, with the reason.
         ValueError: naming the argument, what was expected and what came; in a block for the same network.
     """
-    _check(pipe)
+    check_windows(pipe)
     size = getattr(pipe.unet.config, "sample_size", None) if window is None else window
     if size is None:
         raise ValueError("window: expected cells, as the UNet's config has no sample_size, got None")
@@ -206,8 +206,8 @@ def windowed(
         yield host
 
 
-def _check(pipe):
-    """Refuse what cannot be given windows, with the reason."""
+def check_windows(pipe: Any) -> None:
+    """Refuse a pipeline whose network cannot be given windows: a TypeError with the reason."""
     name = type(pipe).__name__
     for kind in type(pipe).__mro__:
         if kind.__name__ in REFUSED:
@@ -220,6 +220,8 @@ def _check(pipe):
             "pipe: expected a diffusers pipeline with a UNet2DConditionModel or UNetMotionModel, got "
             f"{name} with unet {type(unet).__name__}"
         )
+    if not hasattr(pipe, "vae_scale_factor"):
+        raise TypeError(f"pipe: expected one that paints latents, with a vae_scale_factor, got {name}")
     control = module_of(getattr(pipe, "controlnet", None))
     for net in control.nets if isinstance(control, MultiControlNetModel) else [control]:
         if not isinstance(module_of(net), (ControlNetModel, type(None))):

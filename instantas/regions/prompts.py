@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 import warnings
 from collections.abc import Callable
@@ -147,15 +148,18 @@ class PipelineEncoder:
     lora_scale: float | None = None
 
     def __call__(self, texts: list[str]) -> torch.Tensor:
+        encode: Any = getattr(self.pipe, "encode_prompt", None) or self.pipe._encode_prompt  # InstructPix2Pix's
+        known = inspect.signature(encode).parameters
+        ways = {n: v for n, v in dict(clip_skip=self.clip_skip, lora_scale=self.lora_scale).items() if n in known}
         with EMBEDDING, torch.no_grad():
-            return self.pipe.encode_prompt(
+            embedded = encode(
                 prompt=texts,
                 device=self.pipe._execution_device,
                 num_images_per_prompt=1,
                 do_classifier_free_guidance=False,
-                clip_skip=self.clip_skip,
-                lora_scale=self.lora_scale,
-            )[0]
+                **ways,
+            )
+        return embedded[0] if isinstance(embedded, tuple) else embedded
 
     def state(self) -> tuple:
         """What the embeddings depend on beside the texts: the encoders' weights and adapters as they are now."""

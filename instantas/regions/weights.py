@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -27,6 +27,7 @@ class Place(NamedTuple):
         progress: step / steps.
         view: what the windows are cut from (`instantas.sampling.bridging.View`); None: the canvas.
         captured: whether the evaluation is captured in a CUDA graph.
+        branches: for each part of the batch whether it is conditional; None: [uncond, cond] or [cond], as many as come.
     """
 
     plan: WindowPlan
@@ -35,13 +36,17 @@ class Place(NamedTuple):
     progress: float = 0.0
     view: object = None
     captured: bool = False
+    branches: tuple[bool, ...] | None = None
 
     @classmethod
-    def whole(cls, pictures: int, size: tuple[int, int], progress: float, device: torch.device) -> Place:
+    def whole(
+        cls, pictures: int, size: tuple[int, int], progress: float, device: torch.device, branches: Any = None
+    ) -> Place:
         """So many whole canvases of (rows, columns) cells."""
         rows = torch.stack([torch.arange(pictures), torch.zeros(pictures, dtype=torch.int64)], dim=1)
         origins = torch.zeros(pictures, 2, dtype=torch.int32, device=device)
-        return cls(WindowPlan.minimum_coverage(*size, size), rows, origins, progress)
+        plan = WindowPlan.minimum_coverage(*size, size)
+        return cls(plan, rows, origins, progress, branches=branches)
 
 
 class Layout(NamedTuple):
@@ -94,7 +99,7 @@ class PromptWeights:
     def layout(
         self, place: Place, batch: torch.Size, device: torch.device, base: tuple[int, int] | None = None
     ) -> Layout:
-        """The layout of a batch [uncond, cond] of the place's windows, or [cond].
+        """The layout of a batch [uncond, cond] of the place's windows, [cond], or of `place.branches`.
 
         What is captured is laid out by the graph itself, every time.
 
@@ -107,12 +112,12 @@ class PromptWeights:
             ValueError: for a batch that is not of the windows, and for numbers of pictures that do not fit.
         """
         (h, w), elements, windows = tuple(batch[-2:]), batch[0], len(place.rows)
-        branches = elements // windows
-        if place.plan.window != (h, w) or elements != branches * windows or branches not in (1, 2):
-            raise ValueError(
-                f"sample: expected {windows} windows of {place.plan.window}, or twice as many with the unconditional "
-                f"ones first, got {elements} of {(h, w)}"
-            )
+        branches = place.branches or ((False, True) if elements == 2 * windows else (True,))
+        if place.plan.window != (h, w) or elements != len(branches) * windows:
+            expected = f"{windows} windows of {place.plan.window}, or twice as many with the unconditional ones first"
+            if place.branches:
+                expected = f"{len(branches)} times {windows} windows of {place.plan.window}"
+            raise ValueError(f"sample: expected {expected}, got {elements} of {(h, w)}")
         weights = self.regions.weights(place.progress)
         if place.captured:
             return self._made(place, branches, device, base)
@@ -128,7 +133,7 @@ class PromptWeights:
     def _made(self, place, branches, device, base):
         ids, slots, lists = self._attended(place.rows, branches, device, base)
         shares = self.regions.windows_at(place.plan, lists, place.origins, place.progress, place.view)
-        shares = shares.to(device).repeat(branches, 1, 1, 1)
+        shares = shares.to(device).repeat(len(branches), 1, 1, 1)
         return Layout.of(ids, torch.einsum("brs,brhw->bshw", slots, shares.double()).float().contiguous())
 
     def _attended(self, rows, branches, device, base):
@@ -156,11 +161,10 @@ class PromptWeights:
 
 def _elements(pictures, lists, branches, base, count):
     """(base prompt, list of regions, whether conditional) of each element of the batch."""
-    if base is not None and base[1] < branches:
+    if base is not None and base[1] < len(branches):
         raise ValueError("sample: expected conditional windows alone, as there is no negative prompt")
     elements = []
-    for branch in range(branches):
-        conditional = branch == branches - 1
+    for branch, conditional in enumerate(branches):
         for picture, regions in zip(pictures, lists):
             if base is None:
                 prompt = branch * count + picture
