@@ -37,7 +37,7 @@ def gather(plan: WindowPlan, device: torch.device, *, compiled: bool = False) ->
     def reshape(canvas):
         b, c = canvas.shape[:2]
         tiles = canvas.reshape(b, c, plan.height // h, h, plan.width // w, w)
-        return tiles.permute(0, 2, 4, 1, 3, 5).reshape(b, plan.count, c, h, w)
+        return tiles.permute(0, 2, 4, 1, 3, 5).reshape(b, plan.count, c, h, w).contiguous()
 
     return _named(plan, compiled, views, index, unfold, reshape)
 

@@ -17,7 +17,7 @@ import torch
 from ..windows import WindowPlan
 from .backend import backends, use_backend
 from .order import region_order
-from .registration import operators
+from .registration import call
 from .validation import (
     check_constant,
     check_order,
@@ -63,7 +63,7 @@ def gather_windows(canvas: torch.Tensor, plan: WindowPlan) -> torch.Tensor:
     """
     check_plan(plan)
     check_tensor("canvas", canvas, "(B, C, height, width)", (None, None, plan.height, plan.width))
-    return operators.gather_windows(canvas, *plan.tables(canvas.device), plan.geometry)
+    return call("gather_windows", canvas, *plan.tables(canvas.device), plan.geometry)
 
 
 def scatter_windows(windows: torch.Tensor, plan: WindowPlan, weight: torch.Tensor | None = None) -> torch.Tensor:
@@ -93,7 +93,7 @@ def scatter_windows(windows: torch.Tensor, plan: WindowPlan, weight: torch.Tenso
     check_plan(plan, partial=False)
     check_tensor("windows", windows, "(B, n, C, h, w)", (None, plan.count, None, *plan.window))
     check_weight(weight, plan, windows)
-    return operators.scatter_windows(windows, weight, *plan.tables(windows.device), plan.geometry, True)
+    return call("scatter_windows", windows, weight, *plan.tables(windows.device), plan.geometry, True)
 
 
 @overload
@@ -212,7 +212,8 @@ def guided_step(
         check_tensor("latest", latest, "(branches, B, C, height, width)", (branches, *sample.shape), like=sample)
     none = sample.new_empty(0, *sample.shape)
     guidance, guidance_map = _guidance(guidance_scale, plan, sample.device)
-    new_sample, new_history, new_latest = operators.guided_step(
+    new_sample, new_history, new_latest = call(
+        "guided_step",
         cond,
         uncond,
         sample,
@@ -317,4 +318,5 @@ def regional_attention(
         prompt_ids = prompt_ids.clamp(-1, key.shape[0]).int()
     if order is not None and order.dtype == torch.int64:
         order = order.clamp(-1, n).int()
-    return operators.regional_attention(query, key, value, prompt_ids, weights, mode == "joint", scale, order, factor)
+    traced = () if factor is None else (factor,)
+    return call("regional_attention", query, key, value, prompt_ids, weights, mode == "joint", scale, order, *traced)
