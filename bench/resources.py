@@ -157,24 +157,24 @@ def triton_usage(full: bool = True, architectures=ARCHITECTURES) -> Iterator[Usa
 def cuda_usage(library: Path = CUDA_LIBRARY) -> Iterator[Usage]:
     """What every CUDA kernel uses, in every instance and for every architecture of the library."""
     for architecture, function, registers, stack, shared in dump(library.read_bytes()):
-        name, arguments = re.match(r"_ZN9instantas\d+([a-z_]+)_kernel(?:I(.*?)EEv)?", function).groups()
-        yield Usage("CUDA", name, _case(name, arguments), architecture, registers, stack, shared)
+        yield Usage("CUDA", *kernel_and_case(function), architecture, registers, stack, shared)
 
 
 _ELEMENTS = {"f": "fp32", "6__half": "fp16", "13__nv_bfloat16": "bf16", "t": "16 bit", "j": "32 bit"}
 
 
-def _case(name, arguments):
-    """The template arguments of an instance, such as 6__halfLi8ELb1 for <__half, 8, true>."""
+def kernel_and_case(function: str) -> tuple[str, str]:
+    """Such as ("step", "fp16 8 a pack guided"), of a function that is called step_kernel<__half, 8, true, false>."""
+    name, arguments = re.match(r"_ZN9instantas\d+([a-z_]+)_kernel(?:I(.*?)EEv)?", function).groups()
     if arguments is None:
-        return "fp32"
-    element, number, guided = re.match(
-        r"(f|t|j|6__half|13__nv_bfloat16)(?:Li(\d+)E?)?(?:Lb(\d)E?)?$", arguments
+        return name, "fp32"
+    element, number, *flags = re.match(
+        r"(f|t|j|6__half|13__nv_bfloat16)(?:Li(\d+)E?)?(?:Lb(\d)E?)?(?:Lb(\d)E?)?$", arguments
     ).groups()
     case = _ELEMENTS[element]
     if number:
         case += f" D<={number}" if name == "attention" else f" {number} a pack"
-    return case + (" guided" if guided == "1" else "")
+    return name, case + "".join(f" {word}" for word, flag in zip(("guided", "latest"), flags) if flag == "1")
 
 
 def dump(binary: bytes) -> list[tuple[str, str, int, int, int]]:

@@ -21,15 +21,6 @@ struct MmaShape {
   static constexpr int MATRICES = (ROWS + 2 * TOKENS) * PITCH * 2;  // bytes
 };
 
-// Two numbers as the 16-bit elements of a word.
-template <class T>
-__device__ __forceinline__ unsigned pack_pair(float low, float high) {
-  const T pair[2] = {narrow<T>(low), narrow<T>(high)};
-  unsigned word;
-  memcpy(&word, pair, sizeof word);
-  return word;
-}
-
 // Rows of `depth` elements, `stride` apart in memory, into shared memory, the one of number(i) as the i-th: zeros past
 // the last element, and for numbers from `count` on.
 template <int ROWS, int DEPTH, class T, class Number>
@@ -100,7 +91,7 @@ __device__ __forceinline__ void add_values(float (&result)[DEPTH / 8][4], const 
     for (int i = 0; i < 4; ++i) {
       const float first = probabilities[2 * pair + i / 2][i % 2 * 2], second = probabilities[2 * pair + i / 2][i % 2 * 2 + 1];
       high[i] = pack_pair<T>(first, second);
-      low[i] = pack_pair<T>(first - widen(narrow<T>(first)), second - widen(narrow<T>(second)));
+      low[i] = pack_pair<T>(first - widen_low<T>(high[i]), second - widen_high<T>(high[i]));
     }
 #pragma unroll
     for (int d = 0; d < DEPTH; d += 16) {
@@ -195,7 +186,7 @@ __global__ void __launch_bounds__(MmaShape<DEPTH>::WARPS* WARP, MmaShape<DEPTH>:
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = warp_row + lane / 4 + 8 * half;
-      share[half] = attention.weight(image, slot, active.number(row)) / active.norm(row);
+      share[half] = warp_active ? attention.weight(image, slot, active.number(row)) / active.norm(row) : 0.0f;
     }
     if (!attention.joint) softmax = Softmax();
 
@@ -248,16 +239,27 @@ __global__ void __launch_bounds__(MmaShape<DEPTH>::WARPS* WARP, MmaShape<DEPTH>:
     }
   }
 
+  if (attention.joint) {  // blended, each prompt's terms are divided by their own sum already
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float factor = softmax.sum[half] > 0.0f ? 1.0f / softmax.sum[half] : 1.0f;
+#pragma unroll
+      for (int d = 0; d < DEPTH / 8; ++d) {
+        result[d][2 * half] *= factor;
+        result[d][2 * half + 1] *= factor;
+      }
+    }
+  }
+
   // through shared memory, where the warp's queries were: rows leave in packs of 16 bytes
   wait_for_copies<0>();
   sync_block();
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const float divisor = attention.joint && softmax.sum[half] > 0.0f ? softmax.sum[half] : 1.0f;
     T* row = warp_queries + (lane / 4 + 8 * half) * PITCH + lane % 4 * 2;
 #pragma unroll
     for (int d = 0; d < DEPTH / 8; ++d) {
-      const unsigned word = pack_pair<T>(result[d][2 * half] / divisor, result[d][2 * half + 1] / divisor);
+      const unsigned word = pack_pair<T>(result[d][2 * half], result[d][2 * half + 1]);
       memcpy(row + d * 8, &word, sizeof word);
     }
   }

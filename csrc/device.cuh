@@ -33,6 +33,24 @@ __device__ __forceinline__ float power_of_two(float exponent) {
   return result;
 }
 
+// Two numbers as the 16-bit elements of a word: one conversion.
+template <class T>
+__device__ __forceinline__ unsigned pack_pair(float low, float high);
+template <>
+__device__ __forceinline__ unsigned pack_pair<Half>(float low, float high) {
+  const __half2 pair = __floats2half2_rn(low, high);
+  unsigned word;
+  memcpy(&word, &pair, sizeof word);
+  return word;
+}
+template <>
+__device__ __forceinline__ unsigned pack_pair<BFloat16>(float low, float high) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  unsigned word;
+  memcpy(&word, &pair, sizeof word);
+  return word;
+}
+
 // Copies 16 bytes into shared memory, or zeros if not `inside`; complete after the wait for its group.
 __device__ __forceinline__ void copy_async(void* shared, const void* global, bool inside) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),

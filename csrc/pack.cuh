@@ -20,6 +20,20 @@ __device__ __forceinline__ void store(T* address, const Pack<T, WIDTH>& pack) {
   *reinterpret_cast<Pack<T, WIDTH>*>(address) = pack;
 }
 
+// The elements of a word that pack_pair made.
+template <class T>
+__device__ __forceinline__ float widen_low(unsigned word) {
+  T pair[2];
+  memcpy(pair, &word, sizeof word);
+  return widen(pair[0]);
+}
+template <class T>
+__device__ __forceinline__ float widen_high(unsigned word) {
+  T pair[2];
+  memcpy(pair, &word, sizeof word);
+  return widen(pair[1]);
+}
+
 // WIDTH consecutive numbers, by 16 bytes at most.
 template <int WIDTH>
 __device__ __forceinline__ void load_floats(float (&values)[WIDTH], const float* address) {

@@ -21,9 +21,9 @@ std::tuple<Tensor, Tensor, Tensor> guided_step(Tensor cond, OptionalTensor uncon
     with_width<T>(plan, {step.cond, step.uncond, step.sample, step.history, step.latest, step.weight, step.guidance_map},
                   [&](auto w) {
       constexpr int WIDTH = decltype(w)::value;
-      const auto run = [&](void (*kernel)(Step<T>, Plan)) {
+      const auto run = [&](void (*kernel)(Step<T>, Plan, CellDivisors<WIDTH>)) {
         check(launch(kernel, blocks_of_cells<WIDTH>(plan, sample.size(0)), plan.tile_y * plan.tile_x / WIDTH, 0, stream,
-                     step, plan));
+                     step, plan, CellDivisors<WIDTH>(plan)));
       };
       if (step.keeps)
         step.is_guided ? run(step_kernel<T, WIDTH, true, true>) : run(step_kernel<T, WIDTH, false, true>);

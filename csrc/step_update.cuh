@@ -17,10 +17,10 @@ INSTANTAS_INLINE A combined(A of_sample, A sample, A of_merged, A merged) {
   return of_sample * sample + of_merged * merged;
 }
 
-// What is kept of a prediction m, p x + q m, and the prediction that was kept.
+// The prediction m of which p x + q m was kept; of_kept: 1 / q.
 template <class A>
-INSTANTAS_INLINE A recalled(A p, A sample, A q, A kept) {
-  return (kept - p * sample) / q;
+INSTANTAS_INLINE A recalled(A p, A sample, A of_kept, A kept) {
+  return (kept - p * sample) * of_kept;
 }
 
 // The scheduler's numbers: coefficients a, b, c_1 .. c_k keep d, e and carry p, q, always given in float64.

@@ -11,10 +11,12 @@ template <class T>
 void gather(const GatherCall& call, const Stream& stream) {
   with_width<T>(call.plan, {call.canvas.data_ptr(), call.windows.data_ptr()}, [&](auto width) {
     constexpr int WIDTH = decltype(width)::value;
-    const int64_t packs = call.plan.window_plane() / WIDTH, packs_of_block = GATHER_THREADS * GATHER_PACKS;
-    const int blocks = static_cast<int>((packs + packs_of_block - 1) / packs_of_block);
+    const Plan& plan = call.plan;
+    const int64_t packs = plan.window_plane() / WIDTH, packs_of_block = GATHER_THREADS * GATHER_PACKS;
+    const int64_t blocks = (packs + packs_of_block - 1) / packs_of_block;
+    const GatherDivisors by{Divisor(blocks), Divisor(plan.channels), Divisor(plan.windows), Divisor(plan.w / WIDTH)};
     check(launch(gather_kernel<T, WIDTH>, call.planes() * blocks, GATHER_THREADS, 0, stream, data<T>(call.canvas),
-                 mutable_data<T>(call.windows), call.plan, blocks));
+                 mutable_data<T>(call.windows), plan, by));
   });
 }
 
@@ -43,7 +45,7 @@ Tensor scatter_windows(Tensor windows, OptionalTensor weight, Tensor origins, Te
       constexpr int WIDTH = decltype(width)::value;
       check(launch(scatter_kernel<T, WIDTH>, blocks_of_cells<WIDTH>(plan, windows.size(0)),
                    plan.tile_y * plan.tile_x / WIDTH, 0, stream, source, weights, weight_stride(call.weight), target,
-                   plan, normalize));
+                   plan, CellDivisors<WIDTH>(plan), normalize));
     });
   });
   return call.canvas;

@@ -4,35 +4,41 @@
 // thread, which reads what it needs: no atomics.
 #pragma once
 
+#include "divisor.cuh"
 #include "pack.cuh"
 #include "plan.cuh"
 
 namespace instantas {
 
-constexpr int GATHER_THREADS = 256;
-constexpr int GATHER_PACKS = 4;  // per thread, all read before the first is written
+constexpr int GATHER_THREADS = 128;
+constexpr int GATHER_PACKS = 4;  // per thread, all read before the first is written: 64x64 cells of 16 bits are a block's
+
+// What the numbers of blocks and packs are divided by.
+struct GatherDivisors {
+  Divisor blocks_of_plane, channels, windows, packs_of_row;
+};
 
 // T: any type of the element's size. A block copies GATHER_THREADS * GATHER_PACKS packs of one channel of one window.
 template <class T, int WIDTH>
 __global__ void __launch_bounds__(GATHER_THREADS)
-    gather_kernel(const T* canvas, T* windows, Plan plan, int blocks_of_plane) {
-  const int64_t plane = blockIdx.x / blocks_of_plane;
-  const int channel = static_cast<int>(plane % plan.channels);
-  const int64_t row_of_windows = plane / plan.channels;
-  const int window = static_cast<int>(row_of_windows % plan.windows);
+    gather_kernel(const T* canvas, T* windows, Plan plan, GatherDivisors by) {
+  const Parts block = by.blocks_of_plane.divide(blockIdx.x), plane = by.channels.divide(block.quotient);
+  const Parts row_of_windows = by.windows.divide(plane.quotient);
+  const int window = row_of_windows.remainder;
   const int y0 = plan.origins[2 * window], x0 = plan.origins[2 * window + 1];
-  const int packs_of_row = plan.w / WIDTH, packs = plan.h * packs_of_row;
-  const int first = blockIdx.x % blocks_of_plane * (GATHER_THREADS * GATHER_PACKS) + threadIdx.x;
-  const T* source = canvas + plan.canvas_offset(row_of_windows / plan.windows, channel, 0, 0);
-  T* target = windows + plane * plan.window_plane();
+  const int packs = static_cast<int>(plan.window_plane() / WIDTH);
+  const int first = block.remainder * (GATHER_THREADS * GATHER_PACKS) + threadIdx.x;
+  const T* source = canvas + plan.canvas_offset(row_of_windows.quotient, plane.remainder, 0, 0);
+  T* target = windows + block.quotient * plan.window_plane();
 
   Pack<T, WIDTH> pack[GATHER_PACKS];
 #pragma unroll
   for (int k = 0; k < GATHER_PACKS; ++k) {
     const int index = first + k * GATHER_THREADS;
     if (index >= packs) break;
-    const T* row = source + int64_t{position_on_canvas(index / packs_of_row, y0, plan.height)} * plan.width;
-    const int j = index % packs_of_row * WIDTH;
+    const Parts place = by.packs_of_row.divide(index);
+    const T* row = source + int64_t{position_on_canvas(place.quotient, y0, plan.height)} * plan.width;
+    const int j = place.remainder * WIDTH;
     if (x0 % WIDTH == 0) {
       pack[k] = load<WIDTH>(row + position_on_canvas(j, x0, plan.width));
     } else {
@@ -48,22 +54,32 @@ __global__ void __launch_bounds__(GATHER_THREADS)
   }
 }
 
+// What the numbers of blocks and threads are divided by.
+template <int WIDTH>
+struct CellDivisors {
+  Divisor tiles, groups, tiles_x, packs_of_row;
+
+  explicit CellDivisors(const Plan& plan)
+      : tiles(int64_t{plan.tiles_y()} * plan.tiles_x()),
+        groups((plan.channels + CHANNELS_OF_THREAD<WIDTH> - 1) / CHANNELS_OF_THREAD<WIDTH>),
+        tiles_x(plan.tiles_x()),
+        packs_of_row(plan.tile_x / WIDTH) {}
+};
+
 // A thread's place on the canvas: WIDTH cells of one row of a tile, for a few channels of one image.
 template <int WIDTH, int CHANNELS>
 struct Cells {
-  int64_t image;
-  int channel, tile, y, x;
+  int image, channel, tile, y, x;
   bool inside;
 
-  __device__ __forceinline__ explicit Cells(const Plan& plan) {
-    const int tiles = plan.tiles_y() * plan.tiles_x(), groups = (plan.channels + CHANNELS - 1) / CHANNELS;
-    const int packs_of_row = plan.tile_x / WIDTH;
-    tile = blockIdx.x % tiles;
-    const int group = blockIdx.x / tiles;
-    image = group / groups;
-    channel = group % groups * CHANNELS;
-    y = tile / plan.tiles_x() * plan.tile_y + threadIdx.x / packs_of_row;
-    x = tile % plan.tiles_x() * plan.tile_x + threadIdx.x % packs_of_row * WIDTH;
+  __device__ __forceinline__ Cells(const Plan& plan, const CellDivisors<WIDTH>& by) {
+    const Parts block = by.tiles.divide(blockIdx.x), group = by.groups.divide(block.quotient);
+    const Parts place = by.tiles_x.divide(block.remainder), thread = by.packs_of_row.divide(threadIdx.x);
+    image = group.quotient;
+    channel = group.remainder * CHANNELS;
+    tile = block.remainder;
+    y = place.quotient * plan.tile_y + thread.quotient;
+    x = place.remainder * plan.tile_x + thread.remainder * WIDTH;
     inside = y < plan.height && x < plan.width;
   }
 };
@@ -73,13 +89,15 @@ template <int WIDTH, int CHANNELS, int SOURCES, class T>
 __device__ __forceinline__ void sum_windows(const T* const (&sources)[SOURCES], const float* weight, int64_t weight_stride,
                                             const Plan& plan, const Cells<WIDTH, CHANNELS>& cells,
                                             float (&total)[SOURCES][CHANNELS][WIDTH], float (&norm)[WIDTH]) {
+  const int64_t plane = plan.window_plane(), stride = plane * plan.channels;  // from one window to the next
+  const int64_t first = plan.window_offset(cells.image, 0, cells.channel, 0, 0);
   const int last = plan.cover_start[cells.tile + 1];
   for (int covering = plan.cover_start[cells.tile]; covering < last; ++covering) {
     const int window = plan.cover_index[covering];
     const int y0 = plan.origins[2 * window], x0 = plan.origins[2 * window + 1];
     const int i = place_in_window(cells.y, y0, plan.height);
     if (i >= plan.h) continue;
-    const int64_t offset = plan.window_offset(cells.image, window, cells.channel, i, 0);
+    const int64_t offset = first + window * stride + int64_t{i} * plan.w;
     const float* weight_row = weight ? weight + window * weight_stride + int64_t{i} * plan.w : nullptr;
     if (x0 % WIDTH == 0) {  // then the window has all of the cells or none
       const int j = place_in_window(cells.x, x0, plan.width);
@@ -90,7 +108,7 @@ __device__ __forceinline__ void sum_windows(const T* const (&sources)[SOURCES], 
 #pragma unroll
         for (int c = 0; c < CHANNELS; ++c)
           if (cells.channel + c < plan.channels)
-            pack[s][c] = load<WIDTH>(sources[s] + offset + c * plan.window_plane() + j);
+            pack[s][c] = load<WIDTH>(sources[s] + offset + c * plane + j);
       float share[WIDTH];
 #pragma unroll
       for (int e = 0; e < WIDTH; ++e) share[e] = 1.0f;
@@ -116,26 +134,41 @@ __device__ __forceinline__ void sum_windows(const T* const (&sources)[SOURCES], 
 #pragma unroll
           for (int c = 0; c < CHANNELS; ++c)
             if (cells.channel + c < plan.channels)
-              total[s][c][e] += share * widen(sources[s][offset + c * plan.window_plane() + j]);
+              total[s][c][e] += share * widen(sources[s][offset + c * plane + j]);
       }
     }
   }
 }
 
+// The sums become means: one reciprocal for a cell. Where the weights are so small that it would be infinite, it is that of
+// more, and the sums are more as well.
+template <int WIDTH, int CHANNELS, int SOURCES>
+__device__ __forceinline__ void divide(float (&total)[SOURCES][CHANNELS][WIDTH], const float (&norm)[WIDTH]) {
+#pragma unroll
+  for (int e = 0; e < WIDTH; ++e) {
+    const float more = norm[e] < 0x1p-100f ? 0x1p100f : 1.0f, reciprocal = 1.0f / (norm[e] * more);
+#pragma unroll
+    for (int s = 0; s < SOURCES; ++s)
+#pragma unroll
+      for (int c = 0; c < CHANNELS; ++c) total[s][c][e] = total[s][c][e] * more * reciprocal;
+  }
+}
+
 template <class T, int WIDTH>
 __global__ void scatter_kernel(const T* windows, const float* weight, int64_t weight_stride, T* canvas, Plan plan,
-                               bool normalize) {
+                               CellDivisors<WIDTH> by, bool normalize) {
   constexpr int CHANNELS = CHANNELS_OF_THREAD<WIDTH>;
-  const Cells<WIDTH, CHANNELS> cells(plan);
+  const Cells<WIDTH, CHANNELS> cells(plan, by);
   if (!cells.inside) return;
   float total[1][CHANNELS][WIDTH] = {}, norm[WIDTH] = {};
   sum_windows({windows}, weight, weight_stride, plan, cells, total, norm);
+  if (normalize) divide(total, norm);
 #pragma unroll
   for (int c = 0; c < CHANNELS; ++c) {
     if (cells.channel + c >= plan.channels) break;
     Pack<T, WIDTH> pack;
 #pragma unroll
-    for (int e = 0; e < WIDTH; ++e) pack.element[e] = narrow<T>(normalize ? total[0][c][e] / norm[e] : total[0][c][e]);
+    for (int e = 0; e < WIDTH; ++e) pack.element[e] = narrow<T>(total[0][c][e]);
     store<WIDTH>(canvas + plan.canvas_offset(cells.image, cells.channel + c, cells.y, cells.x), pack);
   }
 }

@@ -57,6 +57,12 @@ def attention_rows(depth: int) -> int:
     return torch.ops.instantas_emulation.attention_rows(depth)
 
 
+def quotient(dividend: int, divisor: int) -> int:
+    """dividend // divisor, as the kernels divide by what the host knows; each from 0, or 1, to below 2^31."""
+    _load()
+    return torch.ops.instantas_emulation.quotient(dividend, divisor)
+
+
 @functools.cache
 def _load():
     sources = {

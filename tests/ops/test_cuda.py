@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from instantas import ops
 from instantas.testing import emulated, oracle
@@ -61,6 +63,17 @@ def test_results_do_not_depend_on_the_order_of_threads(name, call, arguments, dt
     for seed in (1, 2):
         with emulated.order(seed):
             assert all(map(torch.equal, oracle.run("cuda", call, arguments, dtype, gradients=3), plain))
+
+
+@pytest.mark.skipif(not oracle.EMULATED, reason="the emulation needs a compiler and no GPU")
+@given(st.integers(1, 2**31 - 1), st.integers(0, 2**31 - 1))
+@settings(max_examples=500, deadline=None)
+def test_division_by_what_the_host_knows(divisor, dividend):
+    """Exact at multiples, just below them, and at the largest numbers; also by small numbers and powers of two."""
+    for d in (divisor, divisor % 1000 + 1, 1 << divisor % 31):
+        multiple = dividend // d * d
+        for number in (dividend, multiple, max(multiple - 1, 0), 2**31 - 1):
+            assert emulated.quotient(number, d) == number // d
 
 
 @pytest.mark.skipif(not oracle.EMULATED, reason="the emulation needs a compiler and no GPU")

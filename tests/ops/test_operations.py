@@ -394,6 +394,32 @@ def test_extreme_values_of_windows(backend, scale):
     judge(backend, step, [windows, sample], torch.float32)
 
 
+def test_overlap_weights_whose_reciprocal_is_infinite(backend, dtype):
+    plan = PLANS["strided"]
+    weight = plan.weight("gaussian") * 1e-30
+    assert weight.min() > 0 and weight.min().reciprocal().isinf()
+    windows, sample = normal(1, plan.count, 3, *plan.window), normal(1, 3, plan.height, plan.width)
+    judge(backend, lambda m, w: ops.scatter_windows(m, plan, w), [windows, weight], dtype)
+    judge(
+        backend,
+        lambda m, x, w: ops.guided_step(m, -m, x, plan, [1, 1], 2.0, weight=w)[0],
+        [windows, sample, weight],
+        dtype,
+    )
+
+
+def test_cells_of_one_window_are_copied(backend, plan, dtype):
+    """With weights too, up to the last digit of float32, which the weights cost."""
+    windows, alone = normal(1, plan.count, 3, *plan.window), torch.from_numpy(plan.coverage() == 1)
+    weights = [None] if dtype == torch.float32 else [None, plan.weight("gaussian")]
+    for weight in weights:
+        call = lambda m, w=weight: ops.scatter_windows(m, plan, w)  # noqa: E731
+        (out,), (exact,) = (
+            run(b, call, [windows.to(dtype).to(d)], d) for b, d in [(backend, dtype), ("reference", torch.float64)]
+        )
+        assert torch.equal(out[..., alone], exact[..., alone].to(dtype))
+
+
 @pytest.mark.parametrize("mode", ["blend", "joint"])
 def test_large_logits_and_tiny_weights(backend, mode):
     query, key, value, ids = attention_inputs(1, 90, 2, 16, 3, 20, 3)

@@ -210,6 +210,14 @@ inline bool any_of_block(bool value) {
 
 inline float power_of_two(float exponent) { return std::exp2(exponent); }
 
+template <class T>
+unsigned pack_pair(float low, float high) {
+  const T pair[2] = {narrow<T>(low), narrow<T>(high)};
+  unsigned word;
+  std::memcpy(&word, pair, sizeof word);
+  return word;
+}
+
 inline void copy_async(void* shared, const void* global, bool inside) {
   emulation::check_shared(shared, 16);
   if (inside && reinterpret_cast<uintptr_t>(global) % 16) throw std::runtime_error("a copy from an unaligned address");

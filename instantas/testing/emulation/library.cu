@@ -1,6 +1,7 @@
 // The device's operations for tensors on the CPU.
 #include "attention.cuh"
 #include "device.cuh"
+#include "divisor.cuh"
 #include "host.h"
 
 namespace {
@@ -10,6 +11,10 @@ void set_order(int64_t seed) { instantas::emulation::seed = static_cast<unsigned
 // Queries of a block of the attention kernel in half precision.
 int64_t attention_rows(int64_t depth) {
   return depth <= 64 ? instantas::MmaShape<64>::ROWS : instantas::MmaShape<256>::ROWS;
+}
+
+int64_t quotient(int64_t dividend, int64_t divisor) {
+  return instantas::Divisor(divisor).quotient(static_cast<int>(dividend));
 }
 
 }  // namespace
@@ -25,9 +30,11 @@ STABLE_TORCH_LIBRARY_IMPL(instantas_cuda, CPU, library) {
 STABLE_TORCH_LIBRARY(instantas_emulation, library) {
   library.def("set_order(int seed) -> ()");
   library.def("attention_rows(int depth) -> int");
+  library.def("quotient(int dividend, int divisor) -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(instantas_emulation, CompositeExplicitAutograd, library) {
   library.impl("set_order", TORCH_BOX(&set_order));
   library.impl("attention_rows", TORCH_BOX(&attention_rows));
+  library.impl("quotient", TORCH_BOX(&quotient));
 }
