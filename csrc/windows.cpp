@@ -35,12 +35,12 @@ void gather(const GatherCall& call) {
 // The cells of a tile that has one window.
 template <class T>
 void copy_window(const Plan& plan, const CanvasTile& tile, const T* windows, int64_t image, T* canvas) {
-  for_each_run(plan, tile, [&](int window, int i, int j, int cell, int count) {
-    const int y = tile.y.begin + cell / plan.tile_x, x = tile.x.begin + cell % plan.tile_x;
-    for (int channel = 0; channel < plan.channels; ++channel)
+  for (int channel = 0; channel < plan.channels; ++channel)
+    for_each_run(plan, tile, [&](int window, int i, int j, int cell, int count) {
+      const int y = tile.y.begin + cell / plan.tile_x, x = tile.x.begin + cell % plan.tile_x;
       std::copy_n(windows + plan.window_offset(image, window, channel, i, j), count,
                   canvas + plan.canvas_offset(image, channel, y, x));
-  });
+    });
 }
 
 template <class T, class A>
