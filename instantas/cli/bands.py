@@ -96,7 +96,6 @@ class Preview:
 
     def picture(self) -> np.ndarray:
         """(height, width, 3) uint8, once all bands were seen."""
-        columns, rows = (
-            np.minimum(self.side, length - np.arange(0, length, self.side)).astype(np.uint32) for length in self.size
-        )
-        return (self.sums / (rows[:, None] * columns)[..., None]).round().astype(np.uint8)
+        columns, rows = (np.minimum(self.side, length - np.arange(0, length, self.side)) for length in self.size)
+        means = (sums / (count * columns)[:, None] for count, sums in zip(rows, self.sums))
+        return np.stack([row.round().astype(np.uint8) for row in means])
