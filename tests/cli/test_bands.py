@@ -88,9 +88,9 @@ def test_nothing_is_written_unless_whole(monkeypatch, refused):
     with monkeypatch.context() as patch:
         patch.setattr(InstantASPipeline, "bands", broken)
         line = refused("generate", "lava", *RUN, "-o", "a.tif")
-    assert "No space left" in line and "instantas generate --resume a.latents.safetensors -o a.tif" in line
-    assert os.listdir() == ["a.latents.safetensors"]
-    main(["generate", "--resume", "a.latents.safetensors", "-o", "a.tif"])
+    assert "No space left" in line and "instantas generate --resume a.checkpoint -o a.tif" in line
+    assert os.listdir() == ["a.checkpoint"]
+    main(["generate", "--resume", "a.checkpoint", "-o", "a.tif"])
     main(["generate", "lava", *RUN, "-o", "b.tif"])
     assert Path("a.tif").read_bytes() == Path("b.tif").read_bytes()
 
