@@ -16,7 +16,7 @@ from instantas.cli.inputs import ControlType, LoraType, files, read_regions
 from instantas.cli.kept import Kept, checkpoint_option
 from instantas.cli.like import check_beside, check_unchanged, is_given, take_settings
 from instantas.cli.model import check_words, load
-from instantas.cli.options import DTYPES, SCHEDULERS, Device, Size, wrap_option
+from instantas.cli.options import DTYPES, OUTPUT, SCHEDULERS, Device, Size, wrap_option
 from instantas.cli.pictures import check_output, check_size, read_picture
 from instantas.cli.record import record
 from instantas.files import check_writable
@@ -84,7 +84,9 @@ STRENGTH = 0.8  # as in diffusers' img2img
 @click.option("--cuda-graph", is_flag=True, help="Capture a step once and replay it; on a GPU, for many steps.")
 @click.option("--dtype", type=click.Choice(list(DTYPES)), help="By default float16 on a GPU, float32 elsewhere.")
 @click.option("--device", type=Device(), help="By default cuda where there is one, else cpu.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), default="instantas.png", show_default=True)
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), default="instantas.png", show_default=True, help=OUTPUT
+)
 @click.option("--force", is_flag=True, help="Replace the output file if it exists.")
 @click.option(
     "--like",

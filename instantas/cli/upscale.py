@@ -15,7 +15,7 @@ from instantas.cli.finish import check_finish, finish
 from instantas.cli.kept import Kept, checkpoint_option
 from instantas.cli.like import check_beside, check_unchanged, take_settings
 from instantas.cli.model import check_words, load
-from instantas.cli.options import DTYPES, SCHEDULERS, Device
+from instantas.cli.options import DTYPES, OUTPUT, SCHEDULERS, Device
 from instantas.cli.pictures import check_output, check_size, read_picture
 from instantas.cli.record import record
 from instantas.sampling.bridging import DEFAULT, evaluations
@@ -37,7 +37,7 @@ from instantas.sampling.sampler import set_timesteps
 @click.option("--window-batch", type=click.IntRange(1), default=4, show_default=True, help="Windows per network call.")
 @click.option("--dtype", type=click.Choice(list(DTYPES)), help="By default float16 on a GPU, float32 elsewhere.")
 @click.option("--device", type=Device(), help="By default cuda where there is one, else cpu.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), default="large.png", show_default=True)
+@click.option("-o", "--output", type=click.Path(path_type=Path), default="large.png", show_default=True, help=OUTPUT)
 @click.option("--force", is_flag=True, help="Replace the output file if it exists.")
 @click.option(
     "--resume",
