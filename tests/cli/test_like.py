@@ -71,11 +71,9 @@ def test_what_is_given_is_taken_in_place(asked, changed):
     paint("--seed", "9", "--bridging", "economy", "-o", "a.png")
     generate("--like", "a.png", *asked, "-o", "b.png")
     assert settings("b.png") == settings("a.png") | changed
-    plain = ["lava", "--size", "40x24", "--steps", "1", "--seed", "9"] + ["--bridging", "economy"] * (
-        "--method" not in asked
-    )
     if asked[0] != "grass":
-        generate(*plain, *asked, "-o", "c.png")
+        kept = () if "--method" in asked else ("--bridging", "economy")
+        paint("--seed", "9", *kept, *asked, "-o", "c.png")
         assert same("b.png", "c.png")
 
 
