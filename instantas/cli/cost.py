@@ -12,6 +12,7 @@ import torch
 from instantas.cli.limits import memory_limits
 
 FLOAT = 4  # bytes
+BAND = 128  # cells: no tile of the autoencoder is higher
 
 
 def window_count(
@@ -47,12 +48,12 @@ class Memory:
     picture: int
 
     @classmethod
-    def of(cls, pipe: Any, height: int, width: int, wrap: Sequence[bool], method: str) -> Memory:
-        """For a picture of so many pixels by an `InstantASPipeline`."""
+    def of(cls, pipe: Any, height: int, width: int, wrap: Sequence[bool], method: str, banded: bool = False) -> Memory:
+        """For a picture of so many pixels by an `InstantASPipeline`; `banded`: of which one band is held at a time."""
         canvas, stride = pipe.canvas(height, width), [max(1, side // 8) for side in pipe.window]
         count = window_count(canvas, pipe.window, wrap, stride if method == "multidiffusion" else None)
         cells = math.prod(canvas) + count * math.prod(map(min, canvas, pipe.window))
-        pixels = 3 * height * width
+        pixels = 3 * width * (min(height, BAND * pipe.cell) if banded else height)
         latents = cells * pipe.unet.config.in_channels * pipe.unet.dtype.itemsize
         return cls(latents, pixels * pipe.vae.dtype.itemsize, 2 * pixels * FLOAT)
 

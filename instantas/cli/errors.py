@@ -5,6 +5,8 @@ from __future__ import annotations
 import click
 import torch
 
+EXTRAS = {"matplotlib": "plot", "tifffile": "tiff"}  # a package: the extra that brings it, if not diffusers
+
 
 def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -26,7 +28,7 @@ def message(error: BaseException) -> str | None:
     if isinstance(error, (click.Abort, KeyboardInterrupt)):
         return "stopped"
     if isinstance(error, ImportError):
-        extra = "plot" if (error.name or "").startswith("matplotlib") else "diffusers"
+        extra = EXTRAS.get((error.name or "").split(".")[0], "diffusers")
         return f"{first_line(error)}; this command needs: pip install 'instantas[{extra}]'"
     if out_of_memory(error):
         return f"out of memory: {first_line(error)}"

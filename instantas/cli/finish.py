@@ -9,13 +9,38 @@ from typing import Any
 import click
 import torch
 
-from instantas.cli.pictures import write_picture
+from instantas.cli.bands import in_bands, preview_path, write_bands
+from instantas.cli.pictures import check_record, write_picture
+from instantas.files import check_writable
+
+
+def check_finish(pipe: Any, output: Path, text: dict[str, str], force: bool) -> None:
+    """Refuse what could not be written in the end.
+
+    Raises:
+        ValueError: naming what was expected.
+        ImportError: where a package is missing.
+    """
+    check_record(output, text)
+    if in_bands(pipe, output, *size_of(text)):
+        import tifffile  # noqa: F401
+
+        check_writable(preview_path(output), overwrite=force)
 
 
 def finish(pipe: Any, latents: torch.Tensor, output: Path, text: dict[str, str], force: bool) -> None:
     """Decode the latents of one picture and write it with its record."""
-    width, height = map(int, text["size"].split("x"))
-    settings = json.loads(text["settings"])
-    picture = pipe.decode(latents, height, width, wrap=tuple(settings["wrap"]))[0]
-    write_picture(picture, output, text, force)
+    width, height = size_of(text)
+    wrap = tuple(json.loads(text["settings"])["wrap"])
+    if in_bands(pipe, output, width, height):
+        write_bands(pipe.bands(latents, height, width, wrap=wrap), output, width, height, text, force)
+        click.echo(f"{preview_path(output)}: preview")
+    else:
+        write_picture(pipe.decode(latents, height, width, wrap=wrap)[0], output, text, force)
     click.echo(f"{output}: {width}x{height}, seed {text['seed']}")
+
+
+def size_of(text: dict[str, str]) -> tuple[int, int]:
+    """(width, height) in pixels of a record's picture."""
+    width, height = map(int, text["size"].split("x"))
+    return width, height

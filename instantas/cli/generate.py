@@ -9,14 +9,15 @@ from typing import Any, cast
 import click
 import torch
 
+from instantas.cli.bands import in_bands
 from instantas.cli.cost import Memory
-from instantas.cli.finish import finish
+from instantas.cli.finish import check_finish, finish
 from instantas.cli.inputs import ControlType, LoraType, files, read_regions
 from instantas.cli.kept import Kept, checkpoint_option
 from instantas.cli.like import check_beside, check_unchanged, is_given, take_settings
 from instantas.cli.model import check_words, load
-from instantas.cli.options import DTYPES, SCHEDULERS, Device, Size, wrap_option
-from instantas.cli.pictures import check_output, check_record, check_size, read_picture
+from instantas.cli.options import DTYPES, OUTPUT, SCHEDULERS, Device, Size, wrap_option
+from instantas.cli.pictures import check_output, check_size, read_picture
 from instantas.cli.record import record
 from instantas.files import check_writable
 from instantas.regions import SCHEDULES, Region, RegionMap
@@ -83,7 +84,9 @@ STRENGTH = 0.8  # as in diffusers' img2img
 @click.option("--cuda-graph", is_flag=True, help="Capture a step once and replay it; on a GPU, for many steps.")
 @click.option("--dtype", type=click.Choice(list(DTYPES)), help="By default float16 on a GPU, float32 elsewhere.")
 @click.option("--device", type=Device(), help="By default cuda where there is one, else cpu.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), default="instantas.png", show_default=True)
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), default="instantas.png", show_default=True, help=OUTPUT
+)
 @click.option("--force", is_flag=True, help="Replace the output file if it exists.")
 @click.option(
     "--like",
@@ -189,7 +192,7 @@ def _paint(
         bridging=settings["bridging"] or (DEFAULT if method == "instantas" else "none"),
         window_batch_size=window_batch,
     )
-    memory = Memory.of(pipe, height, width, wrap, method)
+    memory = Memory.of(pipe, height, width, wrap, method, in_bands(pipe, output, width, height))
     memory.check(pipe.device, f"{width}x{height}")
     if preview:
         shares = {name: settings[name] for name in ("wrap", "base_weight", "semantic_schedule")}
@@ -207,7 +210,7 @@ def _paint(
     }
     used = files(notes, image, loras, controls)
     text = kept.text or record(pipe, prompt, seed, size, noted, model=model, scheduler=scheduler, files=used)
-    check_record(output, text)
+    check_finish(pipe, output, text, force)
     hint = hints if len(hints) > 1 else hints[0] if hints else None
     pictures = dict(image=hint) if start is None else dict(image=start, control_image=hint)
     asked = dict(height=height, width=width, regions=regions, output_type="latent", generator=generator)

@@ -28,6 +28,7 @@ SCHEDULERS: dict[
     "pndm": ("PNDMScheduler", {}),
     "unipc": ("UniPCMultistepScheduler", {}),
 }
+OUTPUT = "PNG, JPEG, WebP or TIFF by its ending; TIFF of more than 8192x8192 px is written as it is decoded."
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 

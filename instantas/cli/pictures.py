@@ -56,13 +56,18 @@ def check_output(output: Path, force: bool) -> None:
     check_writable(output, overwrite=force)
 
 
+def format_of(output: Path) -> Format:
+    """By the name's ending."""
+    return FORMATS[output.suffix.lower()]
+
+
 def check_size(output: Path, width: int, height: int) -> None:
     """Refuse a picture that is too large for its file's format.
 
     Raises:
         ValueError: naming the format and its largest side.
     """
-    kind = _format(output)
+    kind = format_of(output)
     if max(width, height) > kind.side:
         raise ValueError(
             f"size: expected at most {kind.side} pixels a side in a {kind.name} file, got {width}x{height}"
@@ -76,7 +81,7 @@ def check_record(output: Path, text: dict[str, str]) -> None:
         ValueError: naming the format.
     """
     check_size(output, *map(int, text["size"].split("x")))
-    if _format(output) is JPEG and (length := len(_exif(text).tobytes())) > EXIF_BYTES:
+    if format_of(output) is JPEG and (length := len(_exif(text).tobytes())) > EXIF_BYTES:
         raise ValueError(f"output: expected a format that holds {length} bytes of settings, got a JPEG file")
 
 
@@ -89,7 +94,7 @@ def write_picture(picture: Any, output: Path, text: dict[str, str], force: bool)
     """A PIL picture as a file with its record, whole or not at all."""
     from PIL.PngImagePlugin import PngInfo
 
-    kind = _format(output)
+    kind = format_of(output)
     if kind.name == "PNG":
         chunks = PngInfo()
         for key, value in text.items():
@@ -145,10 +150,6 @@ def read_picture(path: Path, name: str = "picture") -> Any:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
-
-
-def _format(output):
-    return FORMATS[output.suffix.lower()]
 
 
 def _exif(text):

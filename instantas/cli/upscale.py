@@ -9,13 +9,14 @@ from typing import Any
 import click
 import torch
 
+from instantas.cli.bands import in_bands
 from instantas.cli.cost import Memory
-from instantas.cli.finish import finish
+from instantas.cli.finish import check_finish, finish
 from instantas.cli.kept import Kept, checkpoint_option
 from instantas.cli.like import check_beside, check_unchanged, take_settings
 from instantas.cli.model import check_words, load
-from instantas.cli.options import DTYPES, SCHEDULERS, Device
-from instantas.cli.pictures import check_output, check_record, check_size, read_picture
+from instantas.cli.options import DTYPES, OUTPUT, SCHEDULERS, Device
+from instantas.cli.pictures import check_output, check_size, read_picture
 from instantas.cli.record import record
 from instantas.sampling.bridging import DEFAULT, evaluations
 from instantas.sampling.sampler import set_timesteps
@@ -36,7 +37,7 @@ from instantas.sampling.sampler import set_timesteps
 @click.option("--window-batch", type=click.IntRange(1), default=4, show_default=True, help="Windows per network call.")
 @click.option("--dtype", type=click.Choice(list(DTYPES)), help="By default float16 on a GPU, float32 elsewhere.")
 @click.option("--device", type=Device(), help="By default cuda where there is one, else cpu.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), default="large.png", show_default=True)
+@click.option("-o", "--output", type=click.Path(path_type=Path), default="large.png", show_default=True, help=OUTPUT)
 @click.option("--force", is_flag=True, help="Replace the output file if it exists.")
 @click.option(
     "--resume",
@@ -87,7 +88,7 @@ def upscale(
         bridging=options["bridging"],
         window_batch_size=options["window_batch"],
     )
-    memory = Memory.of(pipe, height, width, (False, False), "instantas")
+    memory = Memory.of(pipe, height, width, (False, False), "instantas", in_bands(pipe, output, width, height))
     memory.check(pipe.device, f"{width}x{height}")
     click.echo(f"{_evaluations(pipe, sizes, settings)}, memory: {memory}")
     seed = random.SystemRandom().randrange(2**32) if seed is None else seed
@@ -102,7 +103,7 @@ def upscale(
         scheduler=options["scheduler"],
         files=[picture.resolve()],
     )
-    check_record(output, text)
+    check_finish(pipe, output, text, force)
     generator = torch.Generator("cpu").manual_seed(seed)
     settings |= dict(generator=generator, output_type="latent", checkpoint=kept.checkpoint(checkpoint, text))
     with kept.until_done("upscale"):

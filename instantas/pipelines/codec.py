@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +16,7 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
 from instantas.checks import flag, pair, positive
-from instantas.pipelines.tiles import Circle, in_tiles, reach, spans
+from instantas.pipelines.tiles import Circle, in_bands, in_tiles, reach, spans
 
 TILE = 128  # cells: 1024 px, what SDXL's decoder is made for
 SAMPLE_MODES = "sample", "argmax"
@@ -58,6 +58,34 @@ def decode(
             plain = functools.partial(_decoded, vae, generator=source)
             pictures.append(_evaluated(vae, picture, plain, _decoding(vae, plain), wrap, tiles))
         return torch.cat(pictures)
+
+
+def bands(
+    vae: Any,
+    latents: torch.Tensor,
+    *,
+    wrap: tuple[bool, bool] = (False, False),
+    tiles: str | int | tuple[int, int] = "auto",
+    generator: torch.Generator | None = None,
+) -> Iterator[torch.Tensor]:
+    """The picture that `decode` gives, bit for bit, from top to bottom: (3, rows, W cell) for each row of tiles.
+
+    The picture itself is never held, only one band of it; where `decode` has no tiles the whole picture is one band.
+
+    Args:
+        latents: (1, C, H, W).
+
+    Raises:
+        TypeError, ValueError: as `decode`, and for other than one picture.
+    """
+    if len(latents) != 1:
+        raise ValueError(f"latents: expected those of one picture, got {len(latents)}")
+    with _precise(vae):
+        latents = _unscaled(vae, latents).to(vae.dtype)
+        plain = functools.partial(_decoded, vae, generator=generator)
+        found = _evaluated(vae, latents, plain, _decoding(vae, plain), wrap, tiles, in_bands)
+        for band in [found] if isinstance(found, torch.Tensor) else found:
+            yield band[0]
 
 
 def encode(
@@ -147,8 +175,11 @@ def _callable_by_layers(module, *kinds) -> bool:
 
 
 @apply_forward_hook
-def _evaluated(vae, given, plain, parts, wrap, tiles):
-    """(1, C, H, W) of one picture or latent, whole or in tiles. First of all an offloaded autoencoder is fetched."""
+def _evaluated(vae, given, plain, parts, wrap, tiles, evaluate=in_tiles):
+    """(1, C, H, W) of one picture or latent, whole or in tiles. First of all an offloaded autoencoder is fetched.
+
+    evaluate: what goes over the tiles; with `in_bands`, where there are tiles and nothing comes after them, its bands.
+    """
     wrap = pair("wrap", wrap, flag)
     unit = parts.unit if parts else 1
     cells = [side // unit for side in given.shape[-2:]]
@@ -165,7 +196,7 @@ def _evaluated(vae, given, plain, parts, wrap, tiles):
         given = _through(parts.before, given)
     rows, columns = (spans(*axis, halo, wraps) for *axis, wraps in zip(cells, sides, wrap))
     norms = any(isinstance(module, nn.GroupNorm) for layer in modules for module in layer.modules())
-    tiled = in_tiles(functools.partial(_through, parts.tiled), given, rows, columns, unit, norms)
+    tiled = evaluate(functools.partial(_through, parts.tiled), given, rows, columns, unit, norms)
     with circle:
         return _through(parts.after, tiled)
 

@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
+import numpy as np
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
@@ -29,7 +30,7 @@ from instantas.pipelines.arguments import (
 from instantas.pipelines.attention import regional_prompts
 from instantas.pipelines.bar import Counted, Shown
 from instantas.pipelines.callbacks import StepEnd
-from instantas.pipelines.codec import decode
+from instantas.pipelines.codec import bands, decode
 from instantas.pipelines.conditions import adapter_embeds, adapter_masks, embed, micro_conditions
 from instantas.pipelines.control import control, picture_size
 from instantas.pipelines.denoiser import WindowDenoiser
@@ -381,11 +382,51 @@ class InstantASPipeline(HeldPipeline):
         Raises:
             TypeError, ValueError: for latents of another size, and for other tiles.
         """
+        height, width, wrap = self._checked(latents, height, width, wrap)
+        return self._decoded(latents, (height, width), wrap, output_type, generator, tiles)[0]
+
+    @torch.no_grad()
+    def bands(
+        self,
+        latents: torch.Tensor,
+        height: int,
+        width: int,
+        *,
+        wrap: tuple[bool, bool] = (False, False),
+        generator: torch.Generator | None = None,
+        tiles: str | int | tuple[int, int] = "auto",
+    ) -> Iterator[np.ndarray]:
+        """The pixels that `decode` gives, in bands from top to bottom: (rows, width, 3) in uint8, as they come.
+
+        For a picture that is too large to be held: it never is, only one row of the autoencoder's tiles.
+
+        Args:
+            latents: (1, C, rows, columns), of one picture.
+
+        Raises:
+            TypeError, ValueError: as `decode`; and with a safety checker or a watermark, which need the whole picture.
+        """
+        height, width, wrap = self._checked(latents, height, width, wrap)
+        if self.needs_whole_pictures:
+            raise ValueError("safety_checker, watermark: expected none, as bands are no whole pictures, got one")
+        left = height
+        for band in bands(self.pipe.vae, latents, wrap=wrap, tiles=tiles, generator=generator):
+            rows = band[None, :, :left, :width]
+            left -= rows.shape[2]
+            yield np.asarray(self.pipe.image_processor.postprocess(rows, output_type="pil")[0])
+
+    @property
+    def needs_whole_pictures(self) -> bool:
+        """Whether there is a safety checker or a watermark."""
+        return any(getattr(self.pipe, name, None) is not None for name in ("safety_checker", "watermark"))
+
+    def _checked(self, latents, height, width, wrap):
+        """(height, width, wrap), which such latents have."""
         height, width, wrap = self._size(height, width, wrap)
         rows, columns = self.canvas(height, width)
         if latents.shape[-2:] != (rows, columns):
             raise ValueError(f"latents: expected (pictures, C, {rows}, {columns}), got {tuple(latents.shape)}")
-        return self._decoded(latents, (height, width), wrap, output_type, generator, tiles)[0]
+        return height, width, wrap
 
     def _regions(self, regions, size, wrap, base_weight, semantic_schedule):
         check_blend(base_weight, semantic_schedule)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -64,7 +64,26 @@ def in_tiles(
     unit: int,
     norms: bool,
 ) -> torch.Tensor:
-    """layers(given), a tile at a time.
+    """layers(given), a tile at a time; arguments as of `in_bands`."""
+    whole, top = torch.empty(0), 0
+    for band in in_bands(layers, given, rows, columns, unit, norms):
+        if not len(whole):
+            scale = band.shape[-1] // columns[-1].stop
+            whole = band.new_empty(1, band.shape[1], rows[-1].stop * scale, band.shape[-1])
+        whole[:, :, top : top + band.shape[2]] = band
+        top += band.shape[2]
+    return whole
+
+
+def in_bands(
+    layers: Callable[[torch.Tensor], torch.Tensor],
+    given: torch.Tensor,
+    rows: Sequence[Span],
+    columns: Sequence[Span],
+    unit: int,
+    norms: bool,
+) -> Iterator[torch.Tensor]:
+    """layers(given), a tile at a time: from top to bottom what each row of tiles gives.
 
     With group norms the tiles are evaluated twice, first for the statistics; more often where the sample misled.
 
@@ -74,7 +93,6 @@ def in_tiles(
         norms: whether the layers have group norms.
     """
     height, width = rows[-1].stop, columns[-1].stop
-    tiles = list(itertools.product(rows, columns))
 
     def of(row: Span, column: Span) -> torch.Tensor:
         return _cut(given, _pixels(row.first, row.last, unit, height), _pixels(column.first, column.last, unit, width))
@@ -85,7 +103,7 @@ def in_tiles(
         for _ in range(ROUNDS):
             with statistics.guessed():
                 layers(sample)
-            for row, column in tiles:
+            for row, column in itertools.product(rows, columns):
                 with statistics.measured(row, column):
                     layers(of(row, column))
             if statistics.settle() < NEAR:
@@ -94,17 +112,18 @@ def in_tiles(
             layers(sample)
         del sample
 
-    whole = torch.empty(0)
-    for row, column in tiles:
-        with statistics.used():
-            tile = layers(of(row, column))
-        scale = tile.shape[-1] // (column.last - column.first)
-        if not len(whole):
-            whole = tile.new_empty(1, tile.shape[1], height * scale, width * scale)
-        for dim, span in ((2, row), (3, column)):
-            tile = tile.narrow(dim, scale * (span.start - span.first), scale * (span.stop - span.start))
-        whole[:, :, scale * row.start : scale * row.stop, scale * column.start : scale * column.stop] = tile
-    return whole
+    for row in rows:
+        band = torch.empty(0)
+        for column in columns:
+            with statistics.used():
+                tile = layers(of(row, column))
+            scale = tile.shape[-1] // (column.last - column.first)
+            if not len(band):
+                band = tile.new_empty(1, tile.shape[1], (row.stop - row.start) * scale, width * scale)
+            for dim, span in ((2, row), (3, column)):
+                tile = tile.narrow(dim, scale * (span.start - span.first), scale * (span.stop - span.start))
+            band[:, :, :, scale * column.start : scale * column.stop] = tile
+        yield band
 
 
 def _cut(given, rows, columns):

@@ -99,8 +99,7 @@ def test_loras_are_added_by_their_scales(folder):
     assert paints_again()
 
 
-@pytest.mark.parametrize("count", [1, 2])
-@pytest.mark.parametrize("start", [False, True], ids=["from noise", "from a picture"])
+@pytest.mark.parametrize("count, start", [(1, False), (2, True)], ids=["from noise", "two, from a picture"])
 def test_control_nets_are_told_their_pictures(folder, count, start):
     images = [photo(seed=number + 1) for number in range(count)]
     arguments = []

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from instantas.cli import main
-from instantas.cli.pictures import FORMATS, read_record, write_picture
+from instantas.cli.pictures import read_record, write_picture
 
 REGIONS = ("--region", "snow@0,0,0.5,1", "--base-weight", "0.25", "--region-mode", "joint")
 SETTINGS = {  # every one that a run may have, none of them the default
@@ -46,12 +46,12 @@ def test_a_picture_is_painted_again_to_the_pixel(options):
     assert same("a.png", "b.png") and read_record(Path("a.png")) == read_record(Path("b.png"))
 
 
-@pytest.mark.parametrize("ending", FORMATS)
+@pytest.mark.parametrize("ending", [".jpg", ".webp", ".tif"])
 def test_from_every_format(ending):
     paint("-o", "a" + ending, prompt="  Lava, « é »")
     generate("--like", "a" + ending, "-o", "b.png")
     assert read_record(Path("a" + ending)) == read_record(Path("b.png"))
-    if ending not in (".jpg", ".jpeg"):
+    if ending != ".jpg":
         assert same("a" + ending, "b.png")
 
 
@@ -59,25 +59,21 @@ def test_from_every_format(ending):
     "asked, changed",
     [
         (["grass"], {"prompt": "grass"}),
-        (["--seed", "5"], {"seed": "5"}),
-        (["--size", "8x16"], {"size": "8x16"}),
+        (["--seed", "5", "--size", "8x16"], {"seed": "5", "size": "8x16"}),
         (["--steps", "2", "--guidance", "7"], {"num_inference_steps": 2, "guidance_scale": 7.0}),
         (["--negative", "sand", "--wrap", "y"], {"negative_prompt": "sand", "wrap": [True, False]}),
         (["--scheduler", "ddpm"], {"scheduler": "ddpm", "scheduler_class": "DDPMScheduler"}),
         (["--method", "multidiffusion"], {"method": "multidiffusion", "bridging": "none"}),
         (["--method", "multidiffusion", "--bridging", "shift"], {"method": "multidiffusion", "bridging": "shift"}),
-        (["--bridging", "none"], {"bridging": "none"}),
     ],
 )
 def test_what_is_given_is_taken_in_place(asked, changed):
     paint("--seed", "9", "--bridging", "economy", "-o", "a.png")
     generate("--like", "a.png", *asked, "-o", "b.png")
     assert settings("b.png") == settings("a.png") | changed
-    plain = ["lava", "--size", "40x24", "--steps", "1", "--seed", "9"] + ["--bridging", "economy"] * (
-        "--method" not in asked
-    )
     if asked[0] != "grass":
-        generate(*plain, *asked, "-o", "c.png")
+        kept = () if "--method" in asked else ("--bridging", "economy")
+        paint("--seed", "9", *kept, *asked, "-o", "c.png")
         assert same("b.png", "c.png")
 
 
