@@ -19,14 +19,14 @@ void divide(A* sums, const A* norm, int count) {
 // everywhere), elsewhere they are what was kept.
 template <class T, class A>
 void keep(const Step<T>& step, int64_t offset, int branch, const A* norm, A* means, int count) {
-  const A p = static_cast<A>(step.update.carry[0]), q = static_cast<A>(step.update.carry[1]), of_kept = 1 / q;
+  const A p = static_cast<A>(step.update.carry[0]), q = static_cast<A>(step.update.carry[1]);
   const T *sample = step.sample + offset, *old = step.latest + branch * step.history_stride + offset;
   T* kept = step.new_latest + branch * step.history_stride + offset;
   for (int x = 0; x < count; ++x) kept[x] = narrow<T>(combined(p, A(widen(sample[x])), q, means[x]));
   for (int x = 0; norm && x < count; ++x) {
     if (norm[x] > 0) continue;
     kept[x] = old[x];
-    means[x] = recalled(p, A(widen(sample[x])), of_kept, A(widen(old[x])));
+    means[x] = recalled(p, A(widen(sample[x])), A(widen(old[x]))) / q;
   }
 }
 

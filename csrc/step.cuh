@@ -18,7 +18,7 @@ __global__ void step_kernel(Step<T> step, Plan plan, CellDivisors<WIDTH> by) {
   if (GUIDED) sources[SOURCES - 1] = step.uncond;
   float total[SOURCES][CHANNELS][WIDTH] = {}, norm[WIDTH] = {};
   sum_windows(sources, step.weight, step.weight_stride, plan, cells, total, norm);
-  divide(total, norm);
+  divide<T>(total, norm);
   unsigned covered = 0;  // a bit for a cell: fewer registers than the sums
 #pragma unroll
   for (int i = 0; i < WIDTH; ++i) covered |= unsigned{norm[i] > 0.0f} << i;
@@ -27,7 +27,7 @@ __global__ void step_kernel(Step<T> step, Plan plan, CellDivisors<WIDTH> by) {
   const float a = static_cast<float>(coefficients[0]), b = static_cast<float>(coefficients[1]);
   const float d = static_cast<float>(step.update.keep[0]), e = static_cast<float>(step.update.keep[1]);
   const float p = KEEPS ? static_cast<float>(step.update.carry[0]) : 0.0f;
-  const float q = KEEPS ? static_cast<float>(step.update.carry[1]) : 1.0f, of_kept = 1.0f / q;
+  const float q = KEEPS ? static_cast<float>(step.update.carry[1]) : 1.0f, of_q = 1.0f / q;
   float guidance[WIDTH];
 #pragma unroll
   for (int i = 0; i < WIDTH; ++i) guidance[i] = step.guidance;
@@ -67,7 +67,7 @@ __global__ void step_kernel(Step<T> step, Plan plan, CellDivisors<WIDTH> by) {
           if (covered >> i & 1)
             kept[s].element[i] = narrow<T>(combined(p, x, q, mean[s]));
           else
-            mean[s] = recalled(p, x, of_kept, widen(kept[s].element[i]));
+            mean[s] = quotient<T>(recalled(p, x, widen(kept[s].element[i])), q, of_q);
         }
       }
       const float merged = GUIDED ? guided(mean[0], mean[SOURCES - 1], guidance[i]) : mean[0];

@@ -17,10 +17,10 @@ INSTANTAS_INLINE A combined(A of_sample, A sample, A of_merged, A merged) {
   return of_sample * sample + of_merged * merged;
 }
 
-// The prediction m of which p x + q m was kept; of_kept: 1 / q.
+// q times the prediction m of which p x + q m was kept.
 template <class A>
-INSTANTAS_INLINE A recalled(A p, A sample, A of_kept, A kept) {
-  return (kept - p * sample) * of_kept;
+INSTANTAS_INLINE A recalled(A p, A sample, A kept) {
+  return kept - p * sample;
 }
 
 // The scheduler's numbers: coefficients a, b, c_1 .. c_k keep d, e and carry p, q, always given in float64.

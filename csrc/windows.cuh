@@ -140,17 +140,26 @@ __device__ __forceinline__ void sum_windows(const T* const (&sources)[SOURCES], 
   }
 }
 
+// dividend / divisor with a reciprocal made once: in float32 what was rounded away is put back, so that the digits are those
+// of a division; in 16 bits it does not show.
+template <class T>
+__device__ __forceinline__ float quotient(float dividend, float divisor, float reciprocal) {
+  const float rounded = dividend * reciprocal;
+  if (sizeof(T) < sizeof(float)) return rounded;
+  return fabsf(rounded) < INFINITY ? fmaf(fmaf(-rounded, divisor, dividend), reciprocal, rounded) : rounded;
+}
+
 // The sums become means: one reciprocal for a cell. Where the weights are so small that it would be infinite, it is that of
 // more, and the sums are more as well.
-template <int WIDTH, int CHANNELS, int SOURCES>
+template <class T, int WIDTH, int CHANNELS, int SOURCES>
 __device__ __forceinline__ void divide(float (&total)[SOURCES][CHANNELS][WIDTH], const float (&norm)[WIDTH]) {
 #pragma unroll
   for (int e = 0; e < WIDTH; ++e) {
-    const float more = norm[e] < 0x1p-100f ? 0x1p100f : 1.0f, reciprocal = 1.0f / (norm[e] * more);
+    const float more = norm[e] < 0x1p-100f ? 0x1p100f : 1.0f, divisor = norm[e] * more, reciprocal = 1.0f / divisor;
 #pragma unroll
     for (int s = 0; s < SOURCES; ++s)
 #pragma unroll
-      for (int c = 0; c < CHANNELS; ++c) total[s][c][e] = total[s][c][e] * more * reciprocal;
+      for (int c = 0; c < CHANNELS; ++c) total[s][c][e] = quotient<T>(total[s][c][e] * more, divisor, reciprocal);
   }
 }
 
@@ -162,7 +171,7 @@ __global__ void scatter_kernel(const T* windows, const float* weight, int64_t we
   if (!cells.inside) return;
   float total[1][CHANNELS][WIDTH] = {}, norm[WIDTH] = {};
   sum_windows({windows}, weight, weight_stride, plan, cells, total, norm);
-  if (normalize) divide(total, norm);
+  if (normalize) divide<T>(total, norm);
 #pragma unroll
   for (int c = 0; c < CHANNELS; ++c) {
     if (cells.channel + c >= plan.channels) break;

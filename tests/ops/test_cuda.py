@@ -77,6 +77,15 @@ def test_division_by_what_the_host_knows(divisor, dividend):
 
 
 @pytest.mark.skipif(not oracle.EMULATED, reason="the emulation needs a compiler and no GPU")
+def test_means_in_float32_have_the_digits_of_a_division():
+    plan = WindowPlan.minimum_coverage(16, 24, 64)
+    weight, windows = positive(16, 24), normal(1, 1, 3, 16, 24).float()
+    windows[0, 0, 0, 0, :4] = torch.tensor([torch.inf, -torch.inf, 3e38, 1e-44])
+    (out,) = oracle.run("cuda", lambda m: ops.scatter_windows(m, plan, weight), [windows], torch.float32)
+    assert torch.equal(out, weight * windows[:, 0] / weight)
+
+
+@pytest.mark.skipif(not oracle.EMULATED, reason="the emulation needs a compiler and no GPU")
 @pytest.mark.parametrize("shape", [(32, 48), (16, 20), (7, 9)], ids=["16 bytes", "4 bytes", "one element"])
 def test_every_width_of_memory_access(shape):
     plan = WindowPlan.minimum_coverage(*shape, (shape[0] // 2 + 1, shape[1] // 2))
