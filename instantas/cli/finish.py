@@ -16,6 +16,10 @@ def finish(pipe: Any, latents: torch.Tensor, output: Path, text: dict[str, str],
     """Decode the latents of one picture and write it with its record."""
     width, height = map(int, text["size"].split("x"))
     settings = json.loads(text["settings"])
-    picture = pipe.decode(latents, height, width, wrap=tuple(settings["wrap"]))[0]
+    write(pipe.decode(latents, height, width, wrap=tuple(settings["wrap"]))[0], output, text, force)
+
+
+def write(picture: Any, output: Path, text: dict[str, str], force: bool) -> None:
+    """Write a picture with its record, and say so."""
     write_picture(picture, output, text, force)
-    click.echo(f"{output}: {width}x{height}, seed {text['seed']}")
+    click.echo(f"{output}: {text['size']}, seed {text['seed']}")
