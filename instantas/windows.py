@@ -228,6 +228,13 @@ class WindowPlan:
             raise ValueError(f"chosen: expected ({self.count},) booleans, got {chosen.shape}")
         return WindowPlan(self.height, self.width, self.window, self.origins[chosen], self.wrap, partial=True)
 
+    def holding(self, cells: np.ndarray) -> np.ndarray:
+        """(n,) bool, which windows hold one of the cells (height, width) that are True."""
+        (h, w), (y, x) = self.window, self.origins.T
+        # sums over all rectangles that begin in the corner of the unrolled canvas; a window is made of four
+        sums = np.pad(np.pad(cells, ((0, h), (0, w)), mode="wrap").cumsum(0).cumsum(1), ((1, 0), (1, 0)))
+        return sums[y + h, x + w] - sums[y, x + w] - sums[y + h, x] + sums[y, x] > 0
+
     @property
     def lower_bound(self) -> int:
         """ceil(height / h) * ceil(width / w): no cover by such windows has fewer."""

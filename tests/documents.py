@@ -19,7 +19,7 @@ from PIL import Image
 from instantas.cli import main
 from instantas.pipelines.pipeline import InstantASPipeline
 
-SIZES = [(1024, 256), (512, 256), (512, 512), None]  # of what the README's Python blocks paint
+SIZES = [(1024, 256), (1152, 256), (512, 256), (512, 512), None]  # of what the README's Python blocks paint
 
 
 def blocks(page: Path, language: str) -> list[str]:

@@ -22,7 +22,7 @@ def test_every_example_paints_a_picture(path, tmp_path, monkeypatch):
 
 def test_readmes_blocks_and_commands_run(tmp_path, monkeypatch):
     names = [name for name, *_ in documents.commands(ROOT / "README.md")]
-    assert names == ["generate", "plan", "info", "info", *["generate"] * 3, "upscale", "generate", "info"]
+    assert names == ["generate", "plan", "info", "info", *["generate"] * 3, "upscale", *["generate"] * 2, "info"]
     monkeypatch.chdir(tmp_path)
     documents.run_readme(ROOT / "README.md")
 

@@ -35,12 +35,22 @@ def finish(pipe: Any, latents: torch.Tensor, output: Path, text: dict[str, str],
     if in_bands(pipe, output, width, height):
         write_bands(pipe.bands(latents, height, width, wrap=wrap), output, width, height, text, force)
         click.echo(f"{preview_path(output)}: preview")
+        _say(output, text)
     else:
-        write_picture(pipe.decode(latents, height, width, wrap=wrap)[0], output, text, force)
-    click.echo(f"{output}: {width}x{height}, seed {text['seed']}")
+        write(pipe.decode(latents, height, width, wrap=wrap)[0], output, text, force)
+
+
+def write(picture: Any, output: Path, text: dict[str, str], force: bool) -> None:
+    """Write a picture with its record, and say so."""
+    write_picture(picture, output, text, force)
+    _say(output, text)
 
 
 def size_of(text: dict[str, str]) -> tuple[int, int]:
     """(width, height) in pixels of a record's picture."""
     width, height = map(int, text["size"].split("x"))
     return width, height
+
+
+def _say(output, text):
+    click.echo(f"{output}: {text['size']}, seed {text['seed']}")

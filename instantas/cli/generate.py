@@ -11,12 +11,12 @@ import torch
 
 from instantas.cli.bands import in_bands
 from instantas.cli.cost import Memory
-from instantas.cli.finish import check_finish, finish
+from instantas.cli.finish import check_finish, finish, write
 from instantas.cli.inputs import ControlType, LoraType, files, read_regions
 from instantas.cli.kept import Kept, checkpoint_option
 from instantas.cli.like import check_beside, check_unchanged, is_given, take_settings
 from instantas.cli.model import check_words, load
-from instantas.cli.options import DTYPES, OUTPUT, SCHEDULERS, Device, Size, wrap_option
+from instantas.cli.options import DTYPES, OUTPUT, SCHEDULERS, Device, Sides, Size, wrap_option
 from instantas.cli.pictures import check_output, check_size, read_picture
 from instantas.cli.record import record
 from instantas.files import check_writable
@@ -41,7 +41,13 @@ STRENGTH = 0.8  # as in diffusers' img2img
 @click.option("--negative", metavar="PROMPT", help="What the picture should not show.")
 @wrap_option
 @click.option("--image", type=click.Path(path_type=Path), help="A picture to start from, whose size is the default.")
-@click.option("--strength", type=float, help=f"Part of the steps taken from --image, 0 to 1; by default {STRENGTH}.")
+@click.option("--mask", type=click.Path(path_type=Path), help="Paint --image where this picture is white.")
+@click.option("--extend", type=Sides(), help="Pixels painted beside --image, left of, above, right of and below it.")
+@click.option(
+    "--strength",
+    type=float,
+    help=f"Part of the steps taken from --image, 0 to 1; by default {STRENGTH}, with --mask or --extend 1: from noise.",
+)
 @click.option(
     "--lora",
     "loras",
@@ -113,6 +119,8 @@ def generate(
     resume: dict[str, Any] | None,
     like: dict[str, Any] | None,
     image: Path | None,
+    mask: Path | None,
+    extend: tuple[int, ...] | None,
     places: tuple[str, ...],
     regions_file: str | None,
     output: Path,
@@ -132,6 +140,14 @@ def generate(
         if is_given(context, "method") and not is_given(context, "bridging"):  # it goes with the method
             options["bridging"] = None
     start = read_picture(image, "image") if image else None
+    for name, given in (("mask", mask), ("extend", extend)):
+        if given and (start is None or (mask and extend)):
+            raise ValueError(f"{name}: expected one of mask and extend, beside --image, got {given}")
+    if start and extend:
+        if is_given(context, "size"):
+            raise ValueError(f"size: expected none beside --extend, got {size}")
+        size = start.width + extend[0] + extend[2], start.height + extend[1] + extend[3]
+    masked = read_picture(mask, "mask", "black") if mask else None
     hints = [read_picture(control.image, "control") for control in options["controls"]]
     for picture in filter(None, (start, *hints)):
         size = size or picture.size
@@ -146,7 +162,9 @@ def generate(
         if preview.resolve() == output.resolve():
             raise ValueError(f"preview: expected another file than the output, got {str(preview)!r}")
         check_writable(preview, overwrite=force)
-    inputs = dict(regions=regions, notes=notes, image=image, start=start, hints=hints)
+    inputs = dict(
+        regions=regions, notes=notes, image=image, start=start, hints=hints, mask=mask, masked=masked, extend=extend
+    )
     _paint(prompt, size, output, force, preview, kept, **inputs, **options)
 
 
@@ -163,6 +181,9 @@ def _paint(
     image,
     start,
     hints,
+    mask,
+    masked,
+    extend,
     model,
     steps,
     seed,
@@ -188,7 +209,7 @@ def _paint(
         num_inference_steps=pipe.defaults["num_inference_steps"] if steps is None else steps,
         guidance_scale=pipe.defaults["guidance_scale"] if guidance is None else guidance,
         negative_prompt=negative,
-        strength=STRENGTH if start is not None and strength is None else strength,
+        strength=(1.0 if mask or extend else STRENGTH) if start is not None and strength is None else strength,
         bridging=settings["bridging"] or (DEFAULT if method == "instantas" else "none"),
         window_batch_size=window_batch,
     )
@@ -199,29 +220,52 @@ def _paint(
         drawn = RegionMap(regions, height, width, pipe.cell, pipe.canvas(height, width), **shares)
         drawn.preview(preview, pipe.plan(height, width, wrap=wrap, method=method))
         click.echo(f"{preview}: layout")
-    click.echo(f"{_evaluations(pipe, size, settings, len(regions))}, memory: {memory}")
+    painted = None if start is None else _painted(pipe, size, start, masked, extend)
+    click.echo(f"{_evaluations(pipe, size, settings, len(regions), painted)}, memory: {memory}")
     seed = random.SystemRandom().randrange(2**32) if seed is None else seed
     generator = torch.Generator("cpu").manual_seed(seed)
     noted = settings | {
         "regions": notes,
         "image": str(image.resolve()) if image else None,
+        "mask": str(mask.resolve()) if mask else None,
+        "extend": extend,
         "loras": list(map(str, loras)),
         "controls": list(map(str, controls)),
     }
-    used = files(notes, image, loras, controls)
+    used = files(notes, image, loras, controls, mask)
     text = kept.text or record(pipe, prompt, seed, size, noted, model=model, scheduler=scheduler, files=used)
     check_finish(pipe, output, text, force)
     hint = hints if len(hints) > 1 else hints[0] if hints else None
     pictures = dict(image=hint) if start is None else dict(image=start, control_image=hint)
-    asked = dict(height=height, width=width, regions=regions, output_type="latent", generator=generator)
+    asked = settings | dict(regions=regions, generator=generator, checkpoint=kept.checkpoint(checkpoint, text))
     with kept.until_done("generate"):
+        if extend:
+            write(pipe.extend(start, *extend, prompt, control_image=hint, **asked).images[0], output, text, force)
+            return
+        asked |= pictures | dict(height=height, width=width)
+        if mask:
+            write(pipe(prompt, mask_image=masked, **asked).images[0], output, text, force)
+            return
         latents = kept.finished()
         if latents is None:
-            latents = pipe(prompt, **pictures, **asked, checkpoint=kept.checkpoint(checkpoint, text), **settings).images
+            latents = pipe(prompt, output_type="latent", **asked).images
         finish(pipe, latents.to(pipe.device, pipe.unet.dtype), output, text, force)
 
 
-def _evaluations(pipe, size, settings, regions):
+def _painted(pipe, size, start, masked, extend):
+    """(H, W) bool, the cells of the canvas that are painted; None: all."""
+    from instantas.pipelines.outpainting import Margins
+    from instantas.pipelines.pictures import read_masks
+
+    (width, height), own = size, (start.height, start.width)
+    given = Margins(*extend).mask(*own, pipe.cell) if extend else masked
+    if given is None:
+        return None
+    canvas = tuple(side * pipe.cell for side in pipe.canvas(height, width))
+    return read_masks(pipe.pipe, given, own, (height, width), canvas, 1)[0, 0, :: pipe.cell, :: pipe.cell].cpu()
+
+
+def _evaluations(pipe, size, settings, regions, painted):
     """Windows, and how often the network is evaluated on one: the progress bar tells the time that is left of them."""
     from instantas.pipelines.starts import first_timestep
 
@@ -229,5 +273,7 @@ def _evaluations(pipe, size, settings, regions):
     plan = pipe.plan(size[1], size[0], wrap=settings["wrap"], method=settings["method"])
     begin = 0 if settings["strength"] is None else first_timestep(pipe.scheduler, settings["strength"])
     steps = len(pipe.scheduler.timesteps) - begin
-    count = evaluations(settings["bridging"], plan, steps) * (1 + regions * (settings["method"] == "multidiffusion"))
+    count = evaluations(settings["bridging"], plan, steps, painted=painted) * (
+        1 + regions * (settings["method"] == "multidiffusion")
+    )
     return f"windows: {plan.count}, evaluations: {count} in {steps} steps"

@@ -98,10 +98,11 @@ def files(
     image: Path | None = None,
     loras: Sequence[Lora] = (),
     controls: Sequence[Control] = (),
+    mask: Path | None = None,
 ) -> list[Path]:
     """Whole paths of the files that a run reads; folders and models of the hub are none."""
     masks = [Path(note["mask"]) for note in notes if note["mask"]]
-    pictures = [each for each in (image, *(control.image for control in controls)) if each]
+    pictures = [each for each in (image, mask, *(control.image for control in controls)) if each]
     weights = [Path(whole(name)) for name in (*(lora.path for lora in loras), *(control.model for control in controls))]
     return [path.resolve() for path in [*masks, *pictures, *(path for path in weights if path.is_file())]]
 

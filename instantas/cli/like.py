@@ -34,6 +34,8 @@ OPTIONS = {  # a setting's name in the record: the option's
         "semantic_schedule",
         "cuda_graph",
         "image",
+        "mask",
+        "extend",
         "strength",
         "loras",
         "controls",
@@ -41,7 +43,7 @@ OPTIONS = {  # a setting's name in the record: the option's
         "scale",
     )
 }
-INPUTS = ("image", "picture", "loras", "controls")  # options that name files
+INPUTS = ("image", "picture", "mask", "loras", "controls")  # options that name files
 
 
 def take_settings(context: click.Context, parameter: click.Parameter, path: Path | None) -> dict[str, Any] | None:

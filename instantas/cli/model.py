@@ -46,7 +46,7 @@ def load(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch_dtype: the name that takes its place is too new
         nets = [_control_net(control.model, precision) for control in controls]
-        extra = {"controlnet": nets if len(nets) > 1 else nets[0]} if nets else {}
+        extra: dict[str, Any] = {"controlnet": nets if len(nets) > 1 else nets[0]} if nets else {}
         pipe = InstantASPipeline.from_pretrained(model or demo.folder(), torch_dtype=precision, **extra)
     check_pipeline(pipe.pipe, whole=True)
     for net, control in zip(nets, controls):

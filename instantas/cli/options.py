@@ -47,6 +47,19 @@ class Size(click.ParamType):
         return width, height
 
 
+class Sides(click.ParamType):
+    """L,T,R,B -> pixels on the left, the top, the right and the bottom."""
+
+    name = "L,T,R,B"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        if isinstance(value, (tuple, list)):
+            return tuple(value)
+        if not re.fullmatch(r"\s*\d{1,18}(\s*,\s*\d{1,18}){3}\s*", value):
+            self.fail(f"expected LEFT,TOP,RIGHT,BOTTOM in whole pixels, such as 0,0,256,0, got {value!r}", param, ctx)
+        return tuple(map(int, value.split(",")))
+
+
 class Wrap(click.ParamType):
     """x, y or x,y -> (vertical, horizontal)."""
 

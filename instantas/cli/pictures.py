@@ -125,11 +125,12 @@ def read_record(path: Path) -> dict[str, str]:
     return {name: str(text[name]) for name in TEXT}
 
 
-def read_picture(path: Path, name: str = "picture") -> Any:
-    """A picture file as RGB, turned the way its camera was held, on white where it is transparent.
+def read_picture(path: Path, name: str = "picture", ground: str = "white") -> Any:
+    """A picture file as RGB, turned the way its camera was held.
 
     Args:
         name: of the argument that the path comes from.
+        ground: colour of what is transparent.
 
     Raises:
         ValueError: for a file that is none, one of more than 8 bits, and one that does not fit into the memory.
@@ -148,7 +149,7 @@ def read_picture(path: Path, name: str = "picture") -> Any:
             image = ImageOps.exif_transpose(opened)
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, ground), image)
     return image.convert("RGB")
 
 

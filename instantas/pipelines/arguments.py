@@ -14,10 +14,18 @@ from diffusers import (
     FlowMatchHeunDiscreteScheduler,
     FlowMatchLCMScheduler,
     LatentConsistencyModelPipeline,
+    StableDiffusionControlNetImg2ImgPipeline,
+    StableDiffusionControlNetInpaintPipeline,
     StableDiffusionControlNetPipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
     StableDiffusionPanoramaPipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLControlNetImg2ImgPipeline,
+    StableDiffusionXLControlNetInpaintPipeline,
     StableDiffusionXLControlNetPipeline,
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLInpaintPipeline,
     StableDiffusionXLPipeline,
 )
 
@@ -30,8 +38,17 @@ PIPELINES = (
     StableDiffusionXLControlNetPipeline,
     LatentConsistencyModelPipeline,
     StableDiffusionPanoramaPipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionControlNetImg2ImgPipeline,
+    StableDiffusionXLControlNetImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionXLInpaintPipeline,
+    StableDiffusionControlNetInpaintPipeline,
+    StableDiffusionXLControlNetInpaintPipeline,
 )
-"""Text to image, with or without a ControlNet: what other kinds do beside would be lost without a word."""
+"""Text to image, image to image and inpainting, with or without a ControlNet: what other kinds do beside would be lost
+without a word."""
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 FLOWS = (FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, FlowMatchLCMScheduler)
@@ -46,6 +63,12 @@ def is_xl(pipe: Any) -> bool:
     return pipe.unet.config.addition_embed_type == "text_time"
 
 
+def is_told(pipe: Any) -> bool:
+    """Whether the UNet is an inpainting one, which is told the mask and the latents that it leaves."""
+    config = pipe.unet.config
+    return config.in_channels == 2 * config.out_channels + 1
+
+
 def check_pipeline(pipe: Any, *, whole: bool) -> None:
     """Refuse pipelines of other kinds.
 
@@ -57,7 +80,7 @@ def check_pipeline(pipe: Any, *, whole: bool) -> None:
     """
     if not isinstance(pipe, PIPELINES):
         kinds = ", ".join(kind.__name__ for kind in PIPELINES)
-        raise TypeError(f"pipe: expected a text-to-image pipeline ({kinds}), got {type(pipe).__name__}")
+        raise TypeError(f"pipe: expected a pipeline of one of the kinds {kinds}, got {type(pipe).__name__}")
     for name in ("unet", "vae", "scheduler"):
         if whole and getattr(pipe, name) is None:
             raise TypeError(f"pipe: expected a diffusers pipeline with {name}, got {type(pipe).__name__} without")
@@ -67,11 +90,13 @@ def check_pipeline(pipe: Any, *, whole: bool) -> None:
     if pipe.unet is None:
         return
     config = pipe.unet.config
-    if config.in_channels != config.out_channels:
+    if config.in_channels != config.out_channels and not is_told(pipe):
         raise TypeError(
-            f"pipe: expected a text-to-image UNet, got {type(pipe).__name__} with {config.in_channels} channels in and "
-            f"{config.out_channels} out"
+            f"pipe: expected a UNet for text to image or inpainting, got {type(pipe).__name__} with "
+            f"{config.in_channels} channels in and {config.out_channels} out"
         )
+    if getattr(pipe.config, "requires_aesthetics_score", False):
+        raise TypeError("pipe: expected a model of size and crop conditions, got one of aesthetic scores (a refiner)")
     if config.encoder_hid_dim_type not in (None, "ip_image_proj"):
         raise TypeError(f"pipe: expected a UNet of prompts and IP-Adapters, got {config.encoder_hid_dim_type}")
 
@@ -86,10 +111,15 @@ def check_scheduler(scheduler: Any) -> None:
         )
 
 
-def check_choices(output_type: Any, region_mode: Any, copies: Any, cross_attention_kwargs: Any) -> None:
-    """Refuse values that are none of those to choose from."""
+def check_output(output_type: Any) -> None:
+    """Refuse what is none of `OUTPUT_TYPES`."""
     if output_type not in OUTPUT_TYPES:
         raise ValueError(f"output_type: expected one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
+
+
+def check_choices(output_type: Any, region_mode: Any, copies: Any, cross_attention_kwargs: Any) -> None:
+    """Refuse values that are none of those to choose from."""
+    check_output(output_type)
     positive("num_images_per_prompt", copies)
     if region_mode not in ("blend", "joint"):
         raise ValueError(f"region_mode: expected 'blend' or 'joint', got {region_mode!r}")
@@ -155,10 +185,15 @@ def check_texts(pipe: Any, texts: dict) -> None:
     _check_counts(pipe, texts)
 
 
+def prompts_of(texts: dict) -> int:
+    """How many prompts there are."""
+    prompt, embeds = texts["prompt"], texts["prompt_embeds"]
+    return len(embeds) if isinstance(embeds, torch.Tensor) else len(prompt) if isinstance(prompt, list) else 1
+
+
 def _check_counts(pipe, texts):
     """One row of embeddings and one string of a list for each prompt, as wide as the UNet takes them."""
-    prompt, embeds = texts["prompt"], texts["prompt_embeds"]
-    count = len(embeds) if isinstance(embeds, torch.Tensor) else len(prompt) if isinstance(prompt, list) else 1
+    prompt, embeds, count = texts["prompt"], texts["prompt_embeds"], prompts_of(texts)
     if isinstance(prompt, str) and isinstance(texts["negative_prompt_embeds"], torch.Tensor):
         count = 1
     config = pipe.unet.config

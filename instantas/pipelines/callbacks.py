@@ -11,6 +11,7 @@ import torch
 from instantas.checks import real
 from instantas.pipelines.denoiser import WindowDenoiser
 from instantas.regions import RegionMap
+from instantas.sampling.known import Known
 from instantas.sampling.sampler import StepContext
 from instantas.windows import WindowPlan
 
@@ -58,7 +59,8 @@ class StepEnd:
 
     Tensors are the batch as the network is given it: under guidance with the unconditional half in front. They are
     those of the whole canvas; SDXL's `add_time_ids` are a window's at its upper left corner, and what is changed of
-    them is changed for every window.
+    them is changed for every window. `mask` and `masked_image_latents` are to be looked at: which windows there are
+    depends on them.
 
     Args:
         pipe: what the callback is given as its first argument, with the `RunSettings`.
@@ -68,6 +70,7 @@ class StepEnd:
         denoisers: of the run; the first has the prompts.
         regions: with guidance scales of their own; None: one scale.
         plan: of the run.
+        known: what a mask leaves; None: nothing.
         constant: whether nothing but the latents may change, as in a captured graph.
         default_device: of tensors that the callback makes without saying where.
 
@@ -83,11 +86,13 @@ class StepEnd:
         denoisers: Sequence[WindowDenoiser],
         regions: RegionMap | None,
         plan: WindowPlan,
+        known: Known | None,
         constant: bool,
         default_device: torch.device,
     ):
         self.pipe, self.callback, self.names = pipe, callback, list(names)
         self.denoisers, self.regions, self.plan, self.constant = denoisers, regions, plan, constant
+        self.known_cells = known
         self.pictures = len(denoisers[0].prompts.embeds)
         self.default_device = default_device
         self.tensors: dict[str, Any] = {}
@@ -158,6 +163,8 @@ class StepEnd:
             raise TypeError(f"callback_on_step_end: expected a dictionary or None, got {type(returned).__name__}")
         returned = {name: value for name, value in (returned or {}).items() if name in self.known}
         changed = {name: v for name, v in returned.items() if name not in own and v is not given.get(name)}
+        for name in {"mask", "masked_image_latents"} & set(changed):
+            raise ValueError(f"{name}: expected the callback to leave it as it is, got another")
         if self.constant and (changed or self.begun_with != (self.pipe.guidance_scale, self.pipe.guidance_rescale)):
             raise ValueError(
                 "cuda_graph: expected a callback that changes the latents alone, got a change of "
@@ -189,9 +196,15 @@ class StepEnd:
             case "add_time_ids":
                 negative = None if prompts.negative is None else self._time_ids(micro.negative or micro)
                 return _stacked(negative, self._time_ids(micro))
-            case "negative_add_time_ids":
+            case "negative_add_time_ids" | "add_neg_time_ids":
                 return self._time_ids(micro.negative or micro)
-            case "image":
+            case "mask":
+                mask = self.known_cells.painted.to(prompts.embeds.dtype).expand(self.pictures, -1, -1, -1)
+                return _stacked(None if prompts.negative is None else mask, mask)
+            case "masked_image_latents":
+                left = base.told if base.told is None else base.told[:, 1:]
+                return left if left is None or prompts.negative is None else torch.cat([left, left])
+            case "image" | "control_image":
                 twice = prompts.negative is not None and not base.control.guess_mode
                 images = [_stacked(image if twice else None, image) for image in base.control.images]
                 return images if len(images) > 1 else images[0]
@@ -225,10 +238,10 @@ class StepEnd:
                 ids = torch.cat([half for half in self._halves("add_time_ids") if half is not None])
                 shift = ids - self._begun_ids()[-len(ids) :]
                 denoiser.time_ids_shift = shift.round().long() if shift.any() else None
-            if "image" in tensors:
-                images = tensors["image"] if isinstance(tensors["image"], list) else [tensors["image"]]
+            for name in {"image", "control_image"} & set(tensors):
+                images = tensors[name] if isinstance(tensors[name], list) else [tensors[name]]
                 for image in images:
-                    self._halves("image", image)
+                    self._halves(name, image)
                 denoiser.control = replace(base.control, images=images)
             if "w_embedding" in tensors:
                 denoiser.timestep_cond = tensors["w_embedding"]

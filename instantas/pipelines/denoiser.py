@@ -28,6 +28,7 @@ class WindowDenoiser:
         timestep_cond: (pictures, E), the guidance embedding of distilled networks.
         image_embeds: of each IP-Adapter (`conditions.adapter_embeds`).
         adapter_masks: of each, to be cut for the windows (`conditions.adapter_masks`).
+        told: (pictures, C', H, W), further channels that the UNet is given, as a mask and what it leaves.
 
     Attributes:
         guided: whether the next evaluations have an unconditional half. This and all of the above may be replaced
@@ -47,13 +48,14 @@ class WindowDenoiser:
         timestep_cond: torch.Tensor | None = None,
         image_embeds: list[torch.Tensor] | None = None,
         adapter_masks: list[torch.Tensor | None] | None = None,
+        told: torch.Tensor | None = None,
         cross_attention_kwargs: dict | None = None,
     ):
         self.unet, self.controlnet = pipe.unet, getattr(pipe, "controlnet", None)
         self.prompts, self.cell, self.regional = prompts, cell, regional
         self.micro, self.control, self.timestep_cond = micro, control, timestep_cond
         self.image_embeds, self.adapter_masks = image_embeds, adapter_masks
-        self.cross_attention_kwargs = cross_attention_kwargs
+        self.told, self.cross_attention_kwargs = told, cross_attention_kwargs
         self.guided, self.time_ids_shift = prompts.negative is not None, None
         self._branches = 1 + self.guided
 
@@ -69,7 +71,7 @@ class WindowDenoiser:
         return dict(
             prompt=self.prompts,
             regions=None if regional is None else (regional.regions, regional.mode, regional.bank.embeddings),
-            image=self.control,
+            image=(self.control, self.told),
             original_size=self.micro,
             guidance_embedding=self.timestep_cond,
             ip_adapter_image=(self.image_embeds, self.adapter_masks),
@@ -94,6 +96,10 @@ class WindowDenoiser:
         if self.image_embeds is not None:
             embeds = [self._blocks(of_one, picture) for of_one in self.image_embeds]
             added = (added or {}) | {"image_embeds": embeds}
+        if self.told is not None:
+            told = self.told if context.view is None else context.view.apply(self.told)
+            told = cut(told, picture, context.origins, context.plan.window)
+            sample = torch.cat([sample, torch.cat([told, told]) if self.guided else told], dim=1)
         with self._second_embeddings(picture):
             predicted = self.unet(
                 sample,

@@ -24,7 +24,8 @@ class HeldPipeline(RunSettings):
     def __init__(self, pipe: DiffusionPipeline, defaults: dict | None = None):
         self._check(pipe)
         known = inspect.signature(type(pipe).__call__).parameters
-        usual = {name: known[name].default for name in ("num_inference_steps", "guidance_scale") if name in known}
+        names = ("num_inference_steps", "guidance_scale", "strength", "controlnet_conditioning_scale")
+        usual = {name: known[name].default for name in names if name in known}
         self.__dict__.update(pipe=pipe, defaults=usual | (defaults or {}))
 
     @staticmethod
@@ -35,29 +36,33 @@ class HeldPipeline(RunSettings):
     def _around(cls, pipe, defaults=None):
         from instantas.pipelines.hosted import HostedPipeline  # which is one of these
 
-        own = isinstance(pipe, PIPELINES) or not isinstance(pipe, DiffusionPipeline)
+        refiner = getattr(getattr(pipe, "config", None), "requires_aesthetics_score", False)
+        own = (isinstance(pipe, PIPELINES) and not refiner) or not isinstance(pipe, DiffusionPipeline)
         return (cls if own else HostedPipeline)(pipe, defaults)
 
     @classmethod
-    def from_pretrained(cls, model: str | os.PathLike, **settings: Any) -> Self:
+    def from_pretrained(cls, model: str | os.PathLike, task: str | None = None, **settings: Any) -> Self:
         """Load a model from a folder in diffusers' layout, from a single checkpoint file or from the hub.
 
         Its pipeline may be of any kind that `from_pipe` takes.
 
         Args:
+            task: "text-to-image", "image-to-image" or "inpainting": the kind of diffusers' pipeline that is held, whose
+                own defaults hold, `strength` among them. All take pictures and masks; that for image to image needs a
+                picture, that for inpainting a mask too. None: what the folder says, of a file text to image.
             settings: of diffusers' `from_pretrained` or `from_single_file`, such as torch_dtype, variant, controlnet.
 
         Raises:
-            ValueError: for a folder or file that is missing or incomplete.
+            ValueError: for a folder or file that is missing or incomplete, and for another task.
         """
-        return cls._around(*load(model, **settings))
+        return cls._around(*load(model, task, **settings))
 
     @classmethod
     def from_pipe(cls, pipe: DiffusionPipeline) -> Self:
         """Around a diffusers pipeline that is there already; its components are shared, not copied.
 
-        Kinds beside `arguments.PIPELINES` (img2img, inpainting, InstructPix2Pix, PAG, T2I-Adapter, AnimateDiff, ...)
-        give a `hosted.HostedPipeline`, which runs their own call with its own arguments.
+        Kinds beside `arguments.PIPELINES` (InstructPix2Pix, PAG, T2I-Adapter, AnimateDiff, SDXL's refiner, ...) give a
+        `hosted.HostedPipeline`, which runs their own call with its own arguments.
 
         Raises:
             TypeError: for a pipeline whose network cannot be given windows, with the reason.
@@ -131,4 +136,4 @@ class HeldPipeline(RunSettings):
         return int(height), int(width), wrap
 
     def _default(self, name, value):
-        return self.defaults[name] if value is None else value
+        return self.defaults.get(name) if value is None else value

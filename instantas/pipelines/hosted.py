@@ -15,10 +15,10 @@ from instantas.regions import check_blend, region_lists
 
 
 class HostedPipeline(InstantASPipeline):
-    """A diffusers pipeline of a kind that `InstantASPipeline` has no loop for, which it is made by (`from_pipe`).
+    """A diffusers pipeline whose own call is run: of a kind that `InstantASPipeline` has no loop for, or of any.
 
-    Each call is the held pipeline's own, inside of `windowed`: img2img, inpainting (9 channels too), InstructPix2Pix,
-    depth to image, ControlNets with these, T2I-Adapter, PAG, AnimateDiff, also of SDXL.
+    Each call is the held pipeline's own, inside of `windowed`: InstructPix2Pix, depth to image, T2I-Adapter, PAG,
+    AnimateDiff, also of SDXL; image to image and inpainting too, where it is made by its own name.
 
     Raises:
         TypeError: for a pipeline whose network cannot be given windows, with the reason.
@@ -75,6 +75,10 @@ class HostedPipeline(InstantASPipeline):
     def upscale(self, *args: Any, **settings: Any) -> NoReturn:
         """Refused: it is made of `InstantASPipeline`'s own starts from a picture."""
         raise TypeError(f"pipe: expected a text-to-image pipeline to upscale with, got {type(self.pipe).__name__}")
+
+    def extend(self, *args: Any, **settings: Any) -> NoReturn:
+        """Refused, as `upscale`."""
+        raise TypeError(f"pipe: expected a text-to-image pipeline to extend with, got {type(self.pipe).__name__}")
 
     def _arguments(self, args, call):
         """All arguments of the held pipeline's call by name, those that only our own loop has refused."""

@@ -7,41 +7,50 @@ import os
 from pathlib import Path
 from typing import Any
 
+import diffusers
 from diffusers import (
+    AutoPipelineForImage2Image,
+    AutoPipelineForInpainting,
     AutoPipelineForText2Image,
     DiffusionPipeline,
-    StableDiffusionControlNetPipeline,
-    StableDiffusionPipeline,
-    StableDiffusionXLControlNetPipeline,
-    StableDiffusionXLPipeline,
 )
 from diffusers.loaders.single_file_utils import infer_diffusers_model_type, load_single_file_checkpoint
 
 DEFAULTS_FILE = "instantas.json"
 """Beside a model's model_index.json: its own num_inference_steps and guidance_scale."""
+TASKS = {
+    "text-to-image": ("", AutoPipelineForText2Image),
+    "image-to-image": ("Img2Img", AutoPipelineForImage2Image),
+    "inpainting": ("Inpaint", AutoPipelineForInpainting),
+}
+"""What a pipeline's kind is called for a task, and what loads it."""
 CHECKPOINTS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 
 
-def load(model: str | os.PathLike, **settings: Any) -> tuple[DiffusionPipeline, dict]:
+def load(model: str | os.PathLike, task: str | None = None, **settings: Any) -> tuple[DiffusionPipeline, dict]:
     """A diffusers pipeline, and the model's own defaults.
 
     Args:
         model: a folder in diffusers' layout, a checkpoint file, or a hub id.
+        task: one of `TASKS`; None: what the folder says, of a file text to image.
         settings: of diffusers' `from_pretrained` or `from_single_file`.
 
     Raises:
-        ValueError: for a folder or file that is missing or incomplete.
+        ValueError: for a folder or file that is missing or incomplete, and for another task.
     """
+    if task is not None and task not in TASKS:
+        raise ValueError(f"task: expected one of {', '.join(TASKS)}, got {task!r}")
     path = Path(model).expanduser()
     if path.is_file():
-        return _from_file(path, settings), {}
+        return _from_file(path, task or "text-to-image", settings), {}
     if path.is_dir() and not (path / "model_index.json").is_file():
         raise ValueError(f"model: expected a folder with a model_index.json, got {str(model)!r} without one")
     if not path.is_dir() and looks_local(model):
         raise ValueError(
             f"model: expected a folder in diffusers' layout or a hub id or a checkpoint file, got {str(model)!r}"
         )
-    loader = AutoPipelineForText2Image if "controlnet" in settings else DiffusionPipeline
+    by_task = TASKS[task or "text-to-image"][1]
+    loader: Any = DiffusionPipeline if task is None and "controlnet" not in settings else by_task
     try:
         pipe = loader.from_pretrained(path if path.is_dir() else model, **settings)
     except OSError as error:
@@ -58,12 +67,10 @@ def looks_local(name: str | os.PathLike) -> bool:
     return path.is_absolute() or str(name).startswith(".") or str(name).count("/") > 1 or path.suffix in CHECKPOINTS
 
 
-def _from_file(path, settings):
+def _from_file(path, task, settings):
     if path.suffix not in CHECKPOINTS:
         raise ValueError(f"model: expected a checkpoint ({', '.join(CHECKPOINTS)}), got {str(path)!r}")
     xl = infer_diffusers_model_type(load_single_file_checkpoint(str(path))).startswith("xl")
-    if "controlnet" in settings:
-        kind = StableDiffusionXLControlNetPipeline if xl else StableDiffusionControlNetPipeline
-    else:
-        kind = StableDiffusionXLPipeline if xl else StableDiffusionPipeline
+    family, control = "XL" if xl else "", "ControlNet" if "controlnet" in settings else ""
+    kind = getattr(diffusers, f"StableDiffusion{family}{control}{TASKS[task][0]}Pipeline")
     return kind.from_single_file(str(path), **settings)

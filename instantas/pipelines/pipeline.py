@@ -1,4 +1,4 @@
-"""`InstantASPipeline`: a diffusers text-to-image pipeline that paints any size, through the fewest windows."""
+"""`InstantASPipeline`: a diffusers pipeline that paints any size, from text or picture, through the fewest windows."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from instantas.pipelines.arguments import (
     check_scheduler,
     check_texts,
     is_xl,
+    prompts_of,
 )
 from instantas.pipelines.attention import regional_prompts
 from instantas.pipelines.bar import Counted, Shown
@@ -34,9 +35,10 @@ from instantas.pipelines.codec import bands, decode
 from instantas.pipelines.conditions import adapter_embeds, adapter_masks, embed, micro_conditions
 from instantas.pipelines.control import control, picture_size
 from instantas.pipelines.denoiser import WindowDenoiser
-from instantas.pipelines.held import HeldPipeline
 from instantas.pipelines.multidiffusion import RegionDenoiser, plain_colours, region_prompts
-from instantas.pipelines.starts import first_timestep, noised, stages
+from instantas.pipelines.pictures import shown
+from instantas.pipelines.starts import Source, Start, first_timestep, roles
+from instantas.pipelines.tasks import Tasks
 from instantas.pipelines.turns import host_tensors, turn
 from instantas.regions import RegionMap, check_blend, region_lists
 from instantas.regions.prompts import PipelineEncoder
@@ -45,8 +47,9 @@ from instantas.sampling.checkpoint import Checkpoint
 from instantas.sampling.sampler import check_settings, sample, set_timesteps
 
 
-class InstantASPipeline(HeldPipeline):
-    """Text to image at any size with a Stable Diffusion 1.x, 2.x or XL model, with or without a ControlNet.
+class InstantASPipeline(Tasks):
+    """Text to image, image to image and inpainting at any size with a Stable Diffusion 1.x, 2.x or XL model, with or
+    without a ControlNet.
 
     Holds a diffusers pipeline and evaluates its UNet on windows of its native size. Components and everything else that
     is not said here are the held pipeline's: `pipe.unet`, `pipe.scheduler = ...`, `pipe.load_lora_weights(...)`,
@@ -100,9 +103,10 @@ class InstantASPipeline(HeldPipeline):
         method: str = "instantas",
         stride: int | tuple[int, int] | None = None,
         image: Any = None,
+        mask_image: Any = None,
         strength: float | None = None,
         control_image: Any = None,
-        controlnet_conditioning_scale: float | list[float] = 1.0,
+        controlnet_conditioning_scale: float | list[float] | None = None,
         control_guidance_start: float | list[float] = 0.0,
         control_guidance_end: float | list[float] = 1.0,
         guess_mode: bool = False,
@@ -127,8 +131,8 @@ class InstantASPipeline(HeldPipeline):
         by prompt, `num_images_per_prompt` of each; a list of negative prompts has one for each prompt.
 
         Args:
-            height, width: pixels, any from 1 up; by default a control picture's size, else the native one. Made on
-                whole latent cells, then cropped.
+            height, width: pixels, any from 1 up; by default those of the picture to start from, else of a control
+                picture, else the native ones. Made on whole latent cells, then cropped.
             num_inference_steps, guidance_scale: by default the model's own (`instantas.json` beside its
                 `model_index.json`), else diffusers'.
             latents: (pictures, C, rows, columns) standard normal noise, `canvas(height, width)` cells.
@@ -151,11 +155,18 @@ class InstantASPipeline(HeldPipeline):
             method: "instantas" (the fewest windows), or the baseline "multidiffusion" (overlapping windows at a stride;
                 with regions its region mode, one evaluation for each region and window).
             stride: of multidiffusion, in cells; None: an eighth of the window.
-            image: with `strength` the picture to start from (`starts.noised`). Without, of a ControlNet, as
-                `control_image` is with it (`control.control`): as large as the picture, or resized to it. Each window
-                gets its part.
+            image: the picture to start from (`pictures.read_pictures`), with `strength` or `mask_image`. Else, of a
+                ControlNet, as `control_image` is beside one (`control.control`): as large as the picture, or resized to
+                it. Each window gets its part.
+            mask_image: where `image` is painted, white, and where it is kept, black, from half on
+                (`pictures.read_masks`); of the picture's proportions. A cell is painted if its upper left pixel is.
+                Pixels outside of the mask are the picture's own, bit for bit, and windows that hold no painted cell, of
+                any picture of the batch, are never evaluated. An empty mask evaluates nothing and gives the picture
+                back; a full one keeps nothing.
+            controlnet_conditioning_scale: by default the one of the held pipeline's kind.
             strength: the part of the steps that is taken, from `image` with the noise of the first of them, 0 to 1 as
-                in diffusers' img2img; None: all steps, from noise.
+                in diffusers' img2img; with a mask, 1 begins with pure noise. None: of the held pipeline's kind; of a
+                kind from text with a mask 1 (SDXL: 0.9999), without all steps, from noise.
             original_size, crops_coords_top_left, target_size: of SDXL; by default each window's own, as a crop of the
                 whole picture.
             denoising_end: part of the noise schedule after which the run ends, with noise left; None: all of it.
@@ -176,14 +187,11 @@ class InstantASPipeline(HeldPipeline):
         check_pipeline(pipe, whole=True)
         with turn(getattr(pipe.unet, "_orig_mod", pipe.unet), pipe.scheduler), host_tensors():
             check_scheduler(pipe.scheduler)
-            if strength is None and control_image is not None:
-                raise ValueError("control_image: expected None without strength, as image is the ControlNet's, got one")
-            if strength is None:
-                image, control_image = None, image
-            elif image is None or latents is not None:
-                raise ValueError("image: expected a picture in place of latents, as there is a strength")
-            shown = control_image if image is None else image
-            height, width, wrap = self._size(*picture_size(shown, height, width), wrap)
+            strength = self._default("strength", strength)
+            given = roles(pipe, image, mask_image, control_image, strength, latents)
+            image, mask_image, control_image, strength = given
+            decides = control_image if image is None else image
+            height, width, wrap = self._size(*picture_size(decides, height, width), wrap)
             plan = self.plan(height, width, wrap=wrap, method=method, stride=stride)
             size, whole_cells = (height, width), (plan.height * self.cell, plan.width * self.cell)
             bridging = None if bridging == "default" and method == "multidiffusion" else bridge(bridging)
@@ -221,7 +229,9 @@ class InstantASPipeline(HeldPipeline):
             check_encoders(pipe, texts, guided, clip_skip)
             ways = {} if original_inference_steps is None else dict(original_inference_steps=original_inference_steps)
             set_timesteps(pipe.scheduler, num_inference_steps, timesteps, pipe._execution_device, sigmas, **ways)
-            begin = None if strength is None else first_timestep(pipe.scheduler, strength)
+            begin = None
+            if strength is not None and (strength < 1 or mask_image is None):
+                begin = first_timestep(pipe.scheduler, strength)
             steps = _evaluations(pipe.scheduler, denoising_end) - (begin or 0)
             if steps < 1:
                 raise ValueError(f"denoising_end: expected after where strength begins, got {denoising_end}")
@@ -236,6 +246,9 @@ class InstantASPipeline(HeldPipeline):
             ).items():
                 setattr(pipe, f"_{name}", value)
 
+            source = None
+            if image is not None:
+                source = Source.read(pipe, image, mask_image, size, whole_cells, prompts_of(texts))
             how = dict(clip_skip=clip_skip, lora_scale=(cross_attention_kwargs or {}).get("scale"))
             prompts = embed(pipe, texts, copies=num_images_per_prompt, guided=guided, **how)
             pictures = len(prompts.embeds)
@@ -244,11 +257,11 @@ class InstantASPipeline(HeldPipeline):
                     f"regions: expected one list, or one for each of {pictures} pictures, got {region_map.pictures}"
                 )
             check_settings(pictures, guidance_rescale, eta, generator)
-            if begin is None:
-                noise = self._noise(pictures, plan, generator, latents)
+            if source is None:
+                start = Start(self._noise(pictures, plan, generator, latents))
             else:
-                batch = dict(pictures=pictures, copies=num_images_per_prompt)
-                noise = noised(pipe, image, begin, size, whole_cells, **batch, wrap=wrap, generator=generator)
+                start = Start.of(pipe, source, begin, pictures=pictures, wrap=wrap, generator=generator)
+            noise, known = start.latents, start.known
             one_window = plan.window == (plan.height, plan.width) and not any(wrap)
             conditions = dict(
                 micro=micro_conditions(
@@ -264,7 +277,7 @@ class InstantASPipeline(HeldPipeline):
                     whole_cells,
                     pictures=pictures,
                     copies=num_images_per_prompt,
-                    scale=controlnet_conditioning_scale,
+                    scale=self._default("controlnet_conditioning_scale", controlnet_conditioning_scale),
                     start=control_guidance_start,
                     end=control_guidance_end,
                     guess_mode=guess_mode,
@@ -275,9 +288,11 @@ class InstantASPipeline(HeldPipeline):
                 ),
                 adapter_masks=adapter_masks(pipe, cross_attention_kwargs, size, whole_cells, whole=one_window),
                 cross_attention_kwargs=cross_attention_kwargs,
+                told=start.told,
             )
             told = dict(guidance_scale=guidance, guidance_rescale=guidance_rescale)
-            evaluated = functools.partial(evaluations, bridging, plan, steps)
+            cells = None if known is None else known.cells
+            evaluated = functools.partial(evaluations, bridging, plan, steps, painted=cells)
             paint = self._denoiser(method, prompts, conditions, region_map, region_mode, noise, generator, how)
             with paint as denoiser, pipe.progress_bar(total=steps if cuda_graph else pictures * evaluated()) as bar:
                 bar.unit = "step" if cuda_graph else "window"
@@ -288,6 +303,7 @@ class InstantASPipeline(HeldPipeline):
                     getattr(denoiser, "denoisers", [denoiser]),
                     region_map,
                     plan,
+                    known,
                     constant=cuda_graph,
                     default_device=default_device,
                 )
@@ -298,6 +314,7 @@ class InstantASPipeline(HeldPipeline):
                     pipe.scheduler,
                     evaluations=steps,
                     begin=begin,
+                    known=known,
                     guidance_scale=guidance if cuda_graph else step_end.guidance,
                     guidance_rescale=guidance_rescale if cuda_graph else step_end.guidance_rescale,
                     eta=eta,
@@ -311,56 +328,9 @@ class InstantASPipeline(HeldPipeline):
                     checkpoint=checkpoint,
                 )
             result = result if step_end.denoised is None else step_end.denoised
-            images, flagged = self._decoded(result, size, wrap, output_type, generator)
+            images, flagged = self._decoded(result, size, wrap, output_type, generator, source=source)
             pipe.maybe_free_model_hooks()
-        if is_xl(pipe):
-            return StableDiffusionXLPipelineOutput(images=images) if return_dict else (images,)
-        if not return_dict:
-            return images, flagged
-        return StableDiffusionPipelineOutput(images=images, nsfw_content_detected=flagged)
-
-    def upscale(
-        self, image: Any, scale: float = 4.0, prompt: Any = "", *, strength: float = 0.35, **settings: Any
-    ) -> Any:
-        """A larger picture: enlarged, then painted again from the noise of the last `strength` of the steps.
-
-        In stages of at most twice the size, each a call with `image` and `strength`. A ControlNet (tile) is told the
-        picture itself.
-
-        Args:
-            image: as in the call; of any size.
-            scale: more than 1.
-            prompt: what the picture shows.
-            strength: 0 to 1; the more, the more is made up, and the less is kept.
-            settings: of the call, for every stage; but `regions`, whose boxes may be pixels, for one stage only, and of
-                a `checkpoint` each of several stages has a file with its number.
-
-        Returns:
-            As the call.
-
-        Raises:
-            TypeError, ValueError: naming the argument, what was expected and what came.
-        """
-        if image is None:
-            raise ValueError("image: expected a picture, got None")
-        for name in ("height", "width"):
-            if name in settings:
-                raise ValueError(f"{name}: expected none beside scale, got {settings[name]}")
-        *before, last = stages(cast(tuple[int, int], picture_size(image, None, None)), scale)
-        if before and settings.get("regions"):
-            raise ValueError(f"regions: expected none with a scale above 2, which takes stages, got {scale}")
-        checkpoint = Checkpoint.of(settings.pop("checkpoint", None))
-        for number, (height, width) in enumerate([*before, last], 1):
-            stage = dict(settings, height=height, width=width, image=image, strength=strength)
-            if checkpoint is not None:
-                stage |= dict(checkpoint=checkpoint.stage(number) if before else checkpoint)
-            if getattr(self.pipe, "controlnet", None) is not None:
-                stage.setdefault("control_image", image)
-            if (height, width) != last:
-                stage |= dict(output_type="pil", return_dict=True)
-            result = self(prompt, **stage)
-            image = result.images if (height, width) != last else image
-        return result
+        return self._output(images, flagged, return_dict)
 
     @torch.no_grad()
     def decode(
@@ -463,7 +433,7 @@ class InstantASPipeline(HeldPipeline):
                 yield make(prompts, regional=regional)
 
     def _noise(self, pictures, plan, generator, latents):
-        shape = (pictures, self.pipe.unet.config.in_channels, plan.height, plan.width)
+        shape = (pictures, self.pipe.unet.config.out_channels, plan.height, plan.width)
         device, dtype = self.pipe._execution_device, self.pipe.unet.dtype
         if latents is None:
             return randn_tensor(shape, generator=generator, device=device, dtype=dtype)
@@ -476,7 +446,7 @@ class InstantASPipeline(HeldPipeline):
         embedding = self.pipe.get_guidance_scale_embedding(torch.tensor([scale - 1.0]), embedding_dim=wide)
         return embedding.to(noise).expand(len(noise), -1)
 
-    def _decoded(self, latents, size, wrap, output_type, generator, tiles="auto"):
+    def _decoded(self, latents, size, wrap, output_type, generator, tiles="auto", source=None):
         """(pictures, whether each was found unsafe or None)"""
         pipe = self.pipe
         if output_type == "latent":
@@ -487,8 +457,16 @@ class InstantASPipeline(HeldPipeline):
             images, flagged = pipe.run_safety_checker(images, images.device, images.dtype)
         if getattr(pipe, "watermark", None) is not None:
             images = pipe.watermark.apply_watermark(images)
-        shown = [True] * len(images) if flagged is None else [not unsafe for unsafe in flagged]
-        return pipe.image_processor.postprocess(images, output_type=output_type, do_denormalize=shown), flagged
+        safe = [True] * len(images) if flagged is None else [not unsafe for unsafe in flagged]
+        images = pipe.image_processor.postprocess(images, output_type="pt", do_denormalize=safe)
+        return shown(images if source is None else source.pasted(images), output_type), flagged
+
+    def _output(self, images, flagged, return_dict):
+        if is_xl(self.pipe):
+            return StableDiffusionXLPipelineOutput(images=images) if return_dict else (images,)
+        if not return_dict:
+            return images, flagged
+        return StableDiffusionPipelineOutput(images=images, nsfw_content_detected=flagged)
 
 
 def _evaluations(scheduler, denoising_end) -> int:

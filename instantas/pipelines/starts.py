@@ -1,16 +1,49 @@
-"""Where a run begins that goes on from a picture (img2img, SDEdit): its first timestep, and its noised latents."""
+"""Where a run begins that goes on from a picture: img2img (SDEdit), and inside of a mask (inpainting)."""
 
 from __future__ import annotations
 
+import inspect
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from diffusers import AutoencoderTiny
 from diffusers.utils.torch_utils import randn_tensor
 
 from instantas.checks import real
 from instantas.pipelines import codec
-from instantas.pipelines.control import prepared
+from instantas.pipelines.arguments import is_told, is_xl
+from instantas.pipelines.control import picture_size
+from instantas.pipelines.pictures import read_masks, read_pictures, upright
+from instantas.sampling.known import Known
+
+
+def roles(
+    pipe: Any, image: Any, mask_image: Any, control_image: Any, strength: float | None, latents: Any
+) -> tuple[Any, Any, Any, float | None]:
+    """(picture to start from, mask, picture of a ControlNet, strength) of a call, upright; None without.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
+    masks = is_told(pipe) or "mask_image" in inspect.signature(type(pipe).__call__).parameters
+    if mask_image is None and masks:
+        raise ValueError(f"mask_image: expected a mask for the {type(pipe).__name__}, which inpaints, got None")
+    if strength is None and mask_image is not None:
+        strength = 0.9999 if is_xl(pipe) else 1.0  # as diffusers
+    if strength is None:
+        if control_image is not None:
+            raise ValueError("control_image: expected None without strength, as image is the ControlNet's, got one")
+        return None, None, upright(image), None
+    if image is None or latents is not None:
+        given = "strength" if mask_image is None else "mask"
+        raise ValueError(f"image: expected a picture in place of latents, as there is a {given}")
+    if not callable(getattr(pipe.scheduler, "add_noise", None)):
+        raise ValueError(f"scheduler: expected one with add_noise beside image, got {type(pipe.scheduler).__name__}")
+    if control_image is None and getattr(pipe, "controlnet", None) is not None:
+        raise ValueError("control_image: expected a picture for the pipeline's ControlNet, got None")
+    return upright(image), upright(mask_image), upright(control_image), real("strength", strength, 0, 1)
 
 
 def first_timestep(scheduler: Any, strength: float) -> int:
@@ -39,39 +72,123 @@ def stages(size: tuple[int, int], scale: float) -> list[tuple[int, int]]:
     return [(round(size[0] * scale ** (i / count)), round(size[1] * scale ** (i / count))) for i in range(1, count + 1)]
 
 
-def noised(
-    pipe: Any,
-    image: Any,
-    begin: int,
-    size: tuple[int, int],
-    canvas: tuple[int, int],
-    *,
-    pictures: int,
-    copies: int,
-    wrap: tuple[bool, bool],
-    generator: torch.Generator | list[torch.Generator] | None,
-) -> torch.Tensor:
-    """(pictures, C, H, W): the latents of the pictures with the noise of a timestep of the pipeline's scheduler.
+@dataclass(frozen=True, eq=False)
+class Source:
+    """The picture that a run goes on from.
 
-    What is drawn comes in the order of diffusers: the autoencoder's latents, then the noise.
-
-    Args:
-        image: a picture (PIL, numpy (height, width, 3) or tensor (3, height, width)), a list of them or a batch, one
-            for all prompts or one for each; of another size than `size` they are resized (Lanczos).
-        begin: number of the timestep.
-        size, canvas: (height, width) in pixels of the picture, and of the whole cells that hold it.
-        pictures, copies: how many are painted, and of each prompt.
-
-    Raises:
-        TypeError, ValueError: naming the argument of the pipeline's call, what was expected and what came.
+    Attributes:
+        pictures: (1 or prompts, 3, *canvas) float32 in 0..1.
+        mask: (1 or prompts, 1, *canvas) bool, True where it is painted; None: everywhere.
     """
-    device, scheduler = pipe._execution_device, pipe.scheduler
-    given = prepared(pipe, pipe.image_processor, image, 3, pipe.vae.dtype, size, canvas, pictures // copies)
-    each = pictures // len(given)
-    if isinstance(generator, list):  # each picture draws its own
-        given, each = given.repeat_interleave(each, dim=0), 1
-    latents = codec.encode(pipe.vae, given, wrap=wrap, generator=generator).repeat_interleave(each, dim=0)
-    latents = latents.to(device, pipe.unet.dtype)
-    noise = randn_tensor(latents.shape, generator=generator, device=device, dtype=latents.dtype)
-    timestep = scheduler.timesteps[begin : begin + 1].to(device).repeat(pictures)
-    return scheduler.add_noise(latents, noise, timestep)
+
+    pictures: torch.Tensor
+    mask: torch.Tensor | None = None
+
+    @classmethod
+    def read(
+        cls, pipe: Any, image: Any, mask_image: Any, size: tuple[int, int], canvas: tuple[int, int], prompts: int
+    ) -> Source:
+        """From the arguments of a call (`pictures.read_pictures`, `pictures.read_masks`).
+
+        Args:
+            size, canvas: (height, width) in pixels of the picture, and of the whole cells that hold it.
+
+        Raises:
+            TypeError, ValueError: naming the argument, what was expected and what came.
+        """
+        pictures = read_pictures(pipe, image, size, canvas, prompts)
+        if mask_image is None:
+            return cls(pictures)
+        height, width = picture_size(image, None, None)
+        mask = read_masks(pipe, mask_image, (height or 1, width or 1), size, canvas, prompts)
+        cell = pipe.vae_scale_factor
+        if any(bool(one.any()) and not one[..., ::cell, ::cell].any() for one in mask):
+            raise ValueError(
+                f"mask_image: expected one that holds the upper left pixel of some cell of {cell}x{cell} pixels, by "
+                "which cells are chosen, or none at all, got one too thin"
+            )
+        return cls(pictures, mask)
+
+    def pasted(self, images: torch.Tensor) -> torch.Tensor:
+        """Pictures (B, 3, height, width) in 0..1 that were painted, outside of the mask the source's own pixels."""
+        if self.mask is None:
+            return images
+        height, width = images.shape[-2:]
+        mask, source = (_each(t[..., :height, :width], len(images)) for t in (self.mask, self.pictures))
+        return torch.where(mask, images.float(), source)
+
+
+@dataclass(frozen=True, eq=False)
+class Start:
+    """What a run goes on from.
+
+    Attributes:
+        latents: (pictures, C, H, W), as `sampler.sample` takes them for `begin`.
+        begin: number of its first timestep; None: it begins with noise.
+        known: the cells outside of the mask; None without.
+        told: (pictures, 1 + C, H, W), the mask and the latents of what it leaves, for an inpainting UNet.
+    """
+
+    latents: torch.Tensor
+    begin: int | None = None
+    known: Known | None = None
+    told: torch.Tensor | None = None
+
+    @classmethod
+    def of(
+        cls,
+        pipe: Any,
+        source: Source,
+        begin: int | None,
+        *,
+        pictures: int,
+        wrap: tuple[bool, bool],
+        generator: torch.Generator | list[torch.Generator] | None,
+    ) -> Start:
+        """The source's latents with the noise of a timestep of the pipeline's scheduler.
+
+        What is drawn comes in the order of diffusers: the autoencoder's latents, the noise, the autoencoder's latents
+        of what the mask leaves.
+
+        Args:
+            begin: number of the timestep; None: pure noise.
+            pictures: how many are painted.
+        """
+        device, dtype, scheduler = pipe._execution_device, pipe.unet.dtype, pipe.scheduler
+        mask, given = source.mask, 2 * source.pictures - 1
+        if mask is None and isinstance(generator, list):  # each picture draws its own
+            given = _each(given, pictures)
+
+        def encoded(given, **how):
+            drawn = generator[: len(given)] if isinstance(generator, list) else generator
+            latents = codec.encode(pipe.vae, given.to(pipe.vae.dtype), wrap=wrap, generator=drawn, **how)
+            return _each(latents.to(device, dtype), pictures)
+
+        # of an inpainting UNet that begins with noise diffusers draws none
+        latents = encoded(given, sample_mode="argmax" if is_told(pipe) and begin is None else "sample")
+        noise = randn_tensor(latents.shape, generator=generator, device=device, dtype=dtype)
+        noised = noise
+        if begin is not None:
+            noised = scheduler.add_noise(
+                latents, noise, scheduler.timesteps[begin : begin + 1].to(device).repeat(pictures)
+            )
+        if mask is None:
+            return cls(noised, begin)
+        cell = pipe.vae_scale_factor
+        painted = mask[..., ::cell, ::cell]
+        painted = painted if len(painted) == 1 else _each(painted, pictures)
+        known, told = Known(latents, noise, painted, told=is_told(pipe)), None
+        left = given * ~mask
+        if known.told:
+            told = torch.cat([_each(painted, pictures).to(dtype), encoded(left)], dim=1)
+        elif not isinstance(pipe.vae, AutoencoderTiny):  # diffusers encodes it for every UNet: draw as much
+            drawn = torch.Size((len(left), *latents.shape[1:]))
+            narrow = pipe.vae.dtype == torch.float16 and getattr(pipe.vae.config, "force_upcast", False)
+            some = generator[: len(left)] if isinstance(generator, list) else generator
+            randn_tensor(drawn, generator=some, device=device, dtype=torch.float32 if narrow else pipe.vae.dtype)
+        return cls(noised, begin, known, told)
+
+
+def _each(tensor, pictures):
+    """One row for each picture, of a tensor with as many for each prompt."""
+    return tensor.repeat_interleave(pictures // len(tensor), dim=0)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -349,13 +349,40 @@ def bridge(name: str | Bridge | None) -> Bridge | None:
     return BRIDGES[names[0]] if len(names) == 1 else Joined(tuple(BRIDGES[each] for each in names))
 
 
-def evaluations(bridging: str | Bridge | None, plan: WindowPlan, steps: int, first: int | None = None) -> int:
+def evaluations(
+    bridging: str | Bridge | None,
+    plan: WindowPlan,
+    steps: int,
+    first: int | None = None,
+    painted: torch.Tensor | None = None,
+) -> int:
     """Windows evaluated in a whole run of that many scheduler evaluations, for one picture and one branch of guidance.
 
-    bridging: a name or an object as `bridge` takes it. Minimum coverage without re-use has steps * plan.lower_bound.
-    first: those in its first so many steps; None: in all.
+    Minimum coverage without re-use has steps * plan.lower_bound.
+
+    Args:
+        bridging: a name or an object as `bridge` takes it.
+        first: those in its first so many steps; None: in all.
+        painted: (H, W) bool on the CPU, the cells that are painted of a canvas that is known elsewhere; None: all.
     """
     bridging, first = bridge(bridging), steps if first is None else first
-    if bridging is None:
-        return first * plan.count
-    return sum(bridging.step(i, steps, plan).plan.count for i in range(first))
+    stages = [Stage(plan)] * first if bridging is None else [bridging.step(i, steps, plan) for i in range(first)]
+    return sum(stage.plan.count for stage in (stages if painted is None else limited(stages, painted)))
+
+
+def limited(stages: Sequence[Stage], cells: torch.Tensor) -> list[Stage]:
+    """Stages without the windows that hold none of the cells, (H, W) bool on the CPU.
+
+    Each window of a view sees the whole canvas: they stay, unless there are no cells at all.
+    """
+    chosen = cells.numpy()
+    found = {id(stage): _limited(stage, chosen) for stage in {id(stage): stage for stage in stages}.values()}
+    return [found[id(stage)] for stage in stages]
+
+
+def _limited(stage, chosen):
+    if stage.view is None:
+        held = stage.plan.holding(chosen)
+        return stage if held.all() else replace(stage, plan=stage.plan.subset(held))
+    nothing = np.empty((0, 2), dtype=np.int64)
+    return stage if chosen.any() else Stage(WindowPlan(*chosen.shape, stage.plan.window, nothing, partial=True))

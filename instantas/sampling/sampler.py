@@ -16,13 +16,14 @@ import torch
 
 from instantas import ops
 from instantas.checks import flag, integer, positive, real
-from instantas.sampling.bridging import Bridge, Stage, View, bridge
+from instantas.sampling.bridging import Bridge, Stage, View, bridge, limited
 from instantas.sampling.checkpoint import Checkpoint, Recorder
 from instantas.sampling.evaluator import Evaluator
 from instantas.sampling.graphs import StepGraphs
+from instantas.sampling.known import Known, Restorer
 from instantas.sampling.noise import Level, levels
 from instantas.sampling.prediction import Prediction, predict
-from instantas.sampling.schedulers import begin_at, probe, step_keywords
+from instantas.sampling.schedulers import begin_at, noise_after, probe, step_keywords
 from instantas.windows import WindowPlan
 
 
@@ -71,6 +72,7 @@ def sample(
     timesteps: Sequence[int] | None = None,
     evaluations: int | None = None,
     begin: int | None = None,
+    known: Known | None = None,
     guidance_scale: float | torch.Tensor | Callable = 1.0,
     guidance_rescale: float | Callable = 0.0,
     eta: float = 0.0,
@@ -106,10 +108,12 @@ def sample(
         evaluations: after how many of the scheduler's timesteps the run ends; None: all.
         begin: number of the timestep at which a run begins that goes on from a picture (img2img, SDEdit); None: it
             begins with noise, at the first. Bridges and callbacks count the steps that are taken.
+        known: the cells that are not painted, but are what they are in known latents; None: all are painted.
         guidance_scale: g of u + g (c - u), a float or a (H, W) tensor; of no effect without uncond. Or a function of
             the `StepContext` of all windows that gives it, or None for no guidance, asked before each step.
         guidance_rescale: share by which the guided prediction is rescaled to the standard deviation of cond (Lin et al.
-            2024, section 3.4), over the whole canvas; or a function that gives it, as for `guidance_scale`.
+            2024, section 3.4), over the whole canvas, beside `known` cells over the resting windows that are evaluated;
+            or a function that gives it, as for `guidance_scale`.
         eta: of schedulers that take it (DDIM).
         generator: for schedulers that draw noise; a list has one for each picture.
         weight: overlap weight of the windows, as `ops.scatter_windows` takes it.
@@ -141,6 +145,9 @@ def sample(
     timesteps = scheduler.timesteps[begin:]
     timesteps = timesteps[: _evaluations(evaluations, len(timesteps))]
     stages = _stages(bridging, plan, len(timesteps), weight, latents.device)
+    if known is not None:
+        stages = _beside(known, stages, latents)
+        restored = Restorer(known, noise_after(scheduler, begin, len(stages)), [stage for stage, _ in stages])
     noise_levels = _levels(scheduler, stages, begin)
     _check_step(latents, [(Stage(plan), weight), *stages], 1.0 if callable(guidance_scale) else guidance_scale)
     recurrence = probe(scheduler, eta, begin)
@@ -148,7 +155,8 @@ def sample(
 
     update = _LinearUpdate(recurrence) if recurrence else _SchedulerUpdate(scheduler, generator, eta, begin)
     reuse = any(stage.plan.partial for stage, _ in stages)
-    advance: Callable = _Advance(evaluate, update, guidance_scale, guidance_rescale, plan, reuse)
+    evaluated = None if known is None else _evaluated(known, plan)
+    advance: Callable = _Advance(evaluate, update, guidance_scale, guidance_rescale, plan, reuse, evaluated)
     steps = _steps(latents, timesteps, stages, noise_levels, recurrence)
     told = {} if callback is None or "denoised" not in inspect.signature(callback).parameters else {"denoised": None}
     deviation = 1.0 if from_picture else getattr(scheduler, "init_noise_sigma", 1.0)
@@ -163,6 +171,7 @@ def sample(
         generator=generator,
         bridging=bridging,
         denoiser=denoiser,
+        known=None if known is None else (known.latents, known.noise, known.painted, known.told),
     )
     arguments |= getattr(denoiser, "fingerprint", dict)()
     recorder = Recorder(
@@ -176,14 +185,18 @@ def sample(
         eta=eta,
         overwritten=cuda_graph,
     )
-    state, done = recorder.resume(State(latents * deviation, update.history(latents)))
+    latest = known.prediction(noise_levels[0]).to(latents.dtype) if known is not None and reuse else None
+    state, done = recorder.resume(State(latents * deviation, update.history(latents), latest))
     if cuda_graph:
         advance = StepGraphs(advance, steps[done:], getattr(denoiser, "phase", None))
     with recorder:
         for t, step in zip(timesteps[done:], steps[done:]):
-            state, stopped = advance(state, step), False
+            state, denoised, stopped = advance(state, step), update.denoised, False
+            if known is not None:
+                state = replace(state, canvas=restored(step.context.step, state.canvas))
+                denoised = denoised if denoised is None else restored.denoised(step.context.step, denoised)
             if callback is not None:
-                told = {name: update.denoised for name in told}
+                told = {name: denoised for name in told}
                 try:
                     canvas = state.canvas.clone() if cuda_graph else state.canvas
                     replaced = callback(step.context.step, t, canvas, **told)
@@ -230,10 +243,10 @@ class Step:
 class _Advance:
     """One step of a run: a function of (state, step) that gives the next state, and waits for no device."""
 
-    def __init__(self, evaluate, update, guidance, rescale, plan, reuse):
+    def __init__(self, evaluate, update, guidance, rescale, plan, reuse, evaluated):
         self.evaluate, self.update, self.guidance, self.rescale = evaluate, update, guidance, rescale
         self.whole = WindowPlan.minimum_coverage(plan.height, plan.width, (plan.height, plan.width))
-        self.reuse = reuse
+        self.reuse, self.evaluated = reuse, evaluated
 
     def __call__(self, state: State, step: Step) -> State:
         stage, context, latest = step.stage, step.context, state.latest
@@ -248,7 +261,8 @@ class _Advance:
             predicted = predicted.kept(latest, step.carry, canvas)
         if predicted.uncond is not None and rescale > 0:
             guided, latest = predicted.merged(canvas, guidance)
-            rescaled = _rescaled(guided, predicted.conditional().merged(canvas, 1.0)[0], rescale)
+            cond = predicted.conditional().merged(canvas, 1.0)[0]
+            rescaled = _rescaled(guided, cond, rescale, self.evaluated)
             predicted = Prediction.of_canvas(rescaled, None, self.whole)
         if stage.adjust is not None:
             merged, kept = predicted.merged(canvas, guidance)
@@ -342,9 +356,29 @@ class _SchedulerUpdate:
         return stepped[0].to(canvas.dtype), None, latest
 
 
-def _rescaled(guided, cond, share):
-    ratio = cond.std((1, 2, 3), keepdim=True) / guided.std((1, 2, 3), keepdim=True)
-    return guided * (share * ratio + 1 - share)
+def _rescaled(guided, cond, share, evaluated):
+    whole = [each.flatten(2) for each in (cond, guided)]
+    some = whole if evaluated is None else [each[..., evaluated] for each in whole]
+    spread, guided_spread = (each.std((1, 2), keepdim=True)[..., None] for each in some)
+    return guided * (share * spread / guided_spread + 1 - share)
+
+
+def _beside(known, stages, latents):
+    """The stages of a run, without the windows that hold nothing to be painted."""
+    if not isinstance(known, Known):
+        raise TypeError(f"known: expected a Known, got {type(known).__name__}")
+    if known.latents.shape != latents.shape:
+        raise ValueError(f"known: expected latents {tuple(latents.shape)}, got {tuple(known.latents.shape)}")
+    some = limited([stage for stage, _ in stages], known.cells)
+    return [(stage, weight) for stage, (_, weight) in zip(some, stages)]
+
+
+def _evaluated(known, plan):
+    """(k,) int64, the cells of the windows of a plan that hold something to be painted; None: all cells."""
+    (rest,) = limited([Stage(plan)], known.cells)
+    if not rest.plan.partial or not rest.plan.count:
+        return None
+    return torch.from_numpy((rest.plan.coverage() > 0).ravel().nonzero()[0]).to(known.latents.device)
 
 
 def _steps(latents, timesteps, stages, noise_levels, recurrence):

@@ -113,6 +113,24 @@ def copied(scheduler: Any) -> Any:
     return scheduler
 
 
+def noise_after(scheduler: Any, begin: int, steps: int) -> torch.Tensor:
+    """(steps, 2) float64: the signal and the noise that a sample has after each step, which begin at a timestep.
+
+    Read off the scheduler's `add_noise` for the next timestep; 1 and 0 after its last.
+
+    Raises:
+        TypeError: for a scheduler that has none.
+    """
+    if not callable(getattr(scheduler, "add_noise", None)):
+        raise TypeError(f"scheduler: expected one with add_noise, got {type(scheduler).__name__}")
+    table = torch.tensor([[1.0, 0.0]] * steps, dtype=torch.float64)
+    timesteps = scheduler.timesteps[begin + 1 : begin + 1 + steps].cpu()
+    if len(timesteps):
+        signal = torch.tensor([[1.0, 0.0]] * len(timesteps), dtype=torch.float64)
+        table[: len(timesteps)] = copy.deepcopy(scheduler).add_noise(signal, signal.flip(1), timesteps)
+    return table
+
+
 def _run(scheduler, sample, outputs, eta, begin):
     """Run a copy on vectors.
 

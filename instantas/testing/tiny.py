@@ -134,8 +134,8 @@ def tiny_pipeline(
     return pipe
 
 
-def tiny_xl_pipeline(prediction_type: str = "epsilon") -> StableDiffusionXLPipeline:
-    """The same, shaped like SDXL: two text encoders, pooled embeddings and six time ids."""
+def tiny_xl_pipeline(prediction_type: str = "epsilon", **config: Any) -> StableDiffusionXLPipeline:
+    """The same, shaped like SDXL: two text encoders, pooled embeddings and six time ids. config: of the UNet."""
     pipe = StableDiffusionXLPipeline(
         vae=autoencoder(),
         text_encoder=text_encoder(32),
@@ -147,6 +147,7 @@ def tiny_xl_pipeline(prediction_type: str = "epsilon") -> StableDiffusionXLPipel
             addition_embed_type="text_time",
             addition_time_embed_dim=8,
             projection_class_embeddings_input_dim=32 + 6 * 8,
+            **config,
         ),
         scheduler=scheduler(prediction_type),
         add_watermarker=False,

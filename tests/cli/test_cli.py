@@ -46,6 +46,8 @@ def test_picture_of_the_asked_size_with_its_settings_inside(capsys):
         "regions": [],
         "files": {},
         "image": None,
+        "mask": None,
+        "extend": None,
         "strength": None,
         "loras": [],
         "controls": [],

@@ -203,3 +203,67 @@ def test_what_is_wrong_is_said_in_one_line(refused, arguments, told):
     before = set(Path().iterdir())
     assert told in refused("generate", "lava", *RUN, *arguments)
     assert set(Path().iterdir()) == before
+
+
+@pytest.mark.parametrize("what", ["mask", "extend"])
+def test_a_picture_that_is_painted_in_a_part(capsys, monkeypatch, what):
+    """Its evaluations are told; a run that is stopped before its picture is written goes on to the same one."""
+    start, white = photo(200, 24), Image.new("L", (200, 24))
+    start.save("photo.png")
+    white.paste(255, (0, 0, 30, 24))
+    white.save("mask.png")
+    option = ["--mask", "mask.png"] if what == "mask" else ["--extend", "40,0,0,8"]
+    command = ["generate", "lava", "--image", "photo.png", *option, *RUN, "--bridging", "none"]
+    with monkeypatch.context() as patch:
+        patch.setattr("instantas.cli.finish.write_picture", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(SystemExit):
+            main([*command, "-o", "stopped.png"])
+    capsys.readouterr()
+    main(command)
+    count = 4 if what == "mask" else 8  # of two windows the left one; the new rows below are of both
+    assert f"windows: 2, evaluations: {count} in 4 steps" in capsys.readouterr().out
+    pipe = InstantASPipeline.from_pretrained(demo.folder())
+    generator = torch.Generator().manual_seed(3)
+    settings_ = dict(num_inference_steps=4, generator=generator, bridging="none")
+    if what == "mask":
+        wanted = pipe("lava", image=start, mask_image=white, **settings_).images[0]
+    else:
+        wanted = pipe.extend(start, 40, 0, 0, 8, "lava", **settings_).images[0]
+    assert np.array_equal(pixels(), np.asarray(wanted))
+    main(["generate", "--resume", "stopped.checkpoint", "--device", "cpu", "-o", "resumed.png"])
+    assert np.array_equal(pixels("resumed.png"), pixels()) and paints_again()
+    read = [Path(name).resolve() for name in ("photo.png", "mask.png")[: 2 if what == "mask" else 1]]
+    assert settings()["files"] == {str(path): digest(path) for path in read}
+    if what == "mask":
+        white.paste(0, (0, 0, 10, 24))
+        white.save("mask.png")
+        with pytest.raises(SystemExit):
+            main(["generate", "--like", "instantas.png", "-o", "changed.png"])
+        assert "mask.png', which has changed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--size", "40x24", "--mask", "photo.png"], "mask: expected one of mask and extend, beside --image"),
+        (["--size", "40x24", "--extend", "8,0,0,0"], "extend: expected one of mask and extend, beside --image"),
+        (
+            ["--image", "photo.png", "--mask", "photo.png", "--extend", "8,0,0,0"],
+            "mask: expected one of mask and extend",
+        ),
+        (["--image", "photo.png", "--extend", "8,0,0,0", "--size", "48x24"], "size: expected none beside --extend"),
+        (["--image", "photo.png", "--extend", "0,0,0,0"], "left: expected pixels to extend the picture by"),
+        (["--image", "photo.png", "--extend", "8,0,0"], "expected LEFT,TOP,RIGHT,BOTTOM in whole pixels"),
+        (
+            ["--image", "photo.png", "--mask", "square.png"],
+            "mask_image: expected the proportions of the picture, 40x24",
+        ),
+        (["--image", "photo.png", "--mask", "none.png"], "mask: expected a picture file"),
+    ],
+)
+def test_parts_that_cannot_be_painted(capsys, options, message):
+    photo().save("photo.png")
+    photo(24, 24).save("square.png")
+    with pytest.raises(SystemExit):
+        main(["generate", "lava", *options, *RUN])
+    assert message in capsys.readouterr().err and not Path("instantas.png").exists()

@@ -14,6 +14,10 @@ from instantas.testing.tiny import CELL, WINDOW, tiny_pipeline
 from tests.pipelines.kinds import KINDS, LARGE, NATIVE, difference, painted, recorded, sized
 
 OWN = {"text to image", "ControlNet", "ControlNet, guess mode", "ControlNets, two", "LCM", "SDXL", "SDXL ControlNet"}
+PICTURES = {
+    *("img2img", "inpaint, 4 channels", "inpaint, 9 channels", "ControlNet img2img", "ControlNet inpaint"),
+    *("SDXL img2img", "SDXL inpaint", "SDXL ControlNet img2img", "SDXL ControlNet inpaint"),
+}  # which our own loop paints from, and theirs where it is asked for by name
 OTHERS = [kind for kind in KINDS if kind not in OWN]
 EVERYWHERE = [Region("blue water", box=(0.0, 0.0, 1.0, 1.0), negative_prompt="wood")]
 LEFT = [Region("blue water", box=(0.0, 0.0, 0.5, 1.0), feather=16)]
@@ -28,7 +32,7 @@ def untouched(pipe):
 def test_other_kinds_are_plain_at_native_size_and_see_windows_of_larger_ones(kind):
     make, arguments = KINDS[kind]
     pipe = make()
-    ours = InstantASPipeline.from_pipe(pipe)
+    ours = HostedPipeline(pipe) if kind in PICTURES else InstantASPipeline.from_pipe(pipe)
     assert isinstance(ours, HostedPipeline) and ours.pipe is pipe
     assert torch.equal(painted(ours, arguments(NATIVE)), painted(pipe, arguments(NATIVE)))
     calls = recorded(pipe, [pipe.unet])
@@ -39,9 +43,15 @@ def test_other_kinds_are_plain_at_native_size_and_see_windows_of_larger_ones(kin
         assert torch.equal(large, painted(pipe, arguments(LARGE)))
 
 
-@pytest.mark.parametrize("kind", sorted(OWN))
+@pytest.mark.parametrize("kind", sorted(OWN | PICTURES))
 def test_what_our_own_loop_paints_stays_there(kind):
     assert type(InstantASPipeline.from_pipe(KINDS[kind][0]())) is InstantASPipeline
+
+
+def test_a_refiner_runs_its_own_call():
+    refiner = KINDS["SDXL img2img"][0]()
+    refiner.register_to_config(requires_aesthetics_score=True)
+    assert isinstance(InstantASPipeline.from_pipe(refiner), HostedPipeline)
 
 
 @pytest.mark.parametrize(
@@ -61,7 +71,7 @@ def test_what_our_own_loop_paints_stays_there(kind):
 def test_one_region_everywhere_is_its_prompt_alone(kind, size):
     """In every branch of the batch: the region's negative prompt too."""
     make, arguments = KINDS[kind]
-    ours = InstantASPipeline.from_pipe(make())
+    ours = HostedPipeline(make())
     base = arguments(size) | dict(guidance_scale=3.0)
     given = painted(ours, base | dict(regions=EVERYWHERE))
     alone = painted(ours, base | dict(prompt="blue water", negative_prompt="wood"))
@@ -71,7 +81,7 @@ def test_one_region_everywhere_is_its_prompt_alone(kind, size):
 @pytest.mark.parametrize("kind", ["InstructPix2Pix", "SDXL PAG", "AnimateDiff"])
 def test_regions_lie_on_the_canvas_whatever_the_batches(kind):
     make, arguments = KINDS[kind]
-    ours = InstantASPipeline.from_pipe(make())
+    ours = HostedPipeline(make())
     given, plain = arguments(LARGE) | dict(regions=LEFT), painted(ours, arguments(LARGE))
     one, all_at_once = (painted(ours, given | dict(window_batch_size=size)) for size in (1, 9))
     assert difference(one, all_at_once) < 1e-5 < difference(one, plain)
@@ -81,7 +91,7 @@ def test_regions_lie_on_the_canvas_whatever_the_batches(kind):
 
 def test_regions_of_several_videos_are_of_each():
     make, arguments = KINDS["AnimateDiff"]
-    ours, size = InstantASPipeline.from_pipe(make()), arguments(LARGE)
+    ours, size = HostedPipeline(make()), arguments(LARGE)
     noise = torch.randn(2, 4, 2, *(side // CELL for side in LARGE), generator=torch.Generator().manual_seed(1))
     prompts, lists = ["red stone", "wood"], [LEFT, EVERYWHERE]
     both = painted(ours, size | dict(prompt=prompts, latents=noise, regions=lists))
@@ -95,10 +105,10 @@ def test_regions_of_several_videos_are_of_each():
 def test_a_canvas_that_wraps():
     make, arguments = KINDS["img2img"]
     pipe, given = make(), arguments(LARGE)
-    round_it = painted(InstantASPipeline.from_pipe(pipe), given | dict(wrap=(False, True)))
+    round_it = painted(HostedPipeline(pipe), given | dict(wrap=(False, True)))
     with windowed(pipe, wrap=(False, True)):
         assert torch.equal(round_it, painted(pipe, given))
-    assert difference(round_it, painted(InstantASPipeline.from_pipe(pipe), given)) > 1e-3
+    assert difference(round_it, painted(HostedPipeline(pipe), given)) > 1e-3
 
 
 def test_the_models_own_defaults_and_positional_arguments():
@@ -112,11 +122,11 @@ def test_the_models_own_defaults_and_positional_arguments():
 
 
 def test_a_saved_model_is_loaded_as_what_it_is(tmp_path):
-    made = KINDS["inpaint, 9 channels"][0]()
+    made = KINDS["InstructPix2Pix"][0]()
     made.save_pretrained(tmp_path)
     ours = InstantASPipeline.from_pretrained(tmp_path)
     ours.set_progress_bar_config(disable=True)
-    arguments = KINDS["inpaint, 9 channels"][1](NATIVE)
+    arguments = KINDS["InstructPix2Pix"][1](NATIVE)
     assert isinstance(ours, HostedPipeline) and ours.window == (WINDOW, WINDOW)
     assert torch.equal(painted(ours, arguments), painted(made, arguments))
 
@@ -147,7 +157,7 @@ REFUSED_CALLS = [
 @pytest.mark.parametrize("error, match, call", REFUSED_CALLS, ids=lambda value: None)
 def test_what_is_wrong_is_said_before_any_evaluation(error, match, call):
     make, arguments = KINDS["img2img"]
-    ours = InstantASPipeline.from_pipe(untouched(make()))
+    ours = HostedPipeline(untouched(make()))
     with pytest.raises(error, match=match):
         painted(ours, arguments(LARGE) | call)
 
@@ -161,7 +171,7 @@ def test_our_own_loops_arguments_at_their_defaults_mean_nothing():
         if parameter.default is not parameter.empty and name not in inspect.signature(type(pipe).__call__).parameters
     }
     assert {"cuda_graph", "method", "stride"} < set(own)
-    given = painted(InstantASPipeline.from_pipe(pipe), own | arguments(NATIVE))
+    given = painted(HostedPipeline(pipe), own | arguments(NATIVE))
     assert torch.equal(given, painted(pipe, arguments(NATIVE)))
 
 
@@ -180,11 +190,10 @@ def test_a_pipeline_without_a_unet_is_refused():
 
 
 def test_enlarging_is_our_own_loops():
-    ours = InstantASPipeline.from_pipe(untouched(KINDS["img2img"][0]()))
-    with pytest.raises(
-        TypeError, match="pipe: expected a text-to-image pipeline to upscale with, got StableDiffusionImg"
-    ):
-        ours.upscale(torch.rand(1, 3, *NATIVE))
+    ours = HostedPipeline(untouched(KINDS["img2img"][0]()))
+    for task, given in (("upscale", {}), ("extend", dict(left=8))):
+        with pytest.raises(TypeError, match=f"pipe: expected a text-to-image pipeline to {task} with, got StableDiff"):
+            getattr(ours, task)(torch.rand(1, 3, *NATIVE), **given)
 
 
 def test_a_picture_of_its_own_kind_is_what_comes_back():
