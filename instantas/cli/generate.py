@@ -213,7 +213,8 @@ def _paint(
         bridging=settings["bridging"] or (DEFAULT if method == "instantas" else "none"),
         window_batch_size=window_batch,
     )
-    memory = Memory.of(pipe, height, width, wrap, method, in_bands(pipe, output, width, height))
+    banded = in_bands(pipe, output, width, height) and not (mask or extend)  # these paste the source, into the whole
+    memory = Memory.of(pipe, height, width, wrap, method, banded)
     memory.check(pipe.device, f"{width}x{height}")
     if preview:
         shares = {name: settings[name] for name in ("wrap", "base_weight", "semantic_schedule")}
