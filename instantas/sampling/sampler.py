@@ -6,6 +6,7 @@ over the canvas.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
 from collections.abc import Callable, Sequence
@@ -16,8 +17,10 @@ import torch
 
 from instantas import ops
 from instantas.checks import flag, integer, positive, real
+from instantas.sampling import coarse
 from instantas.sampling.bridging import Bridge, Stage, View, bridge, limited
 from instantas.sampling.checkpoint import Checkpoint, Recorder
+from instantas.sampling.coarse import CoarseStart
 from instantas.sampling.evaluator import Evaluator
 from instantas.sampling.graphs import StepGraphs
 from instantas.sampling.known import Known, Restorer
@@ -57,6 +60,12 @@ class StepContext:
     view: View | None = None
     captured: bool = False
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """(rows, columns) of the canvas, which may be a smaller one than the run's (`coarse.CoarseStart`)."""
+        plan = self.plan if self.view is None else self.view.whole
+        return plan.height, plan.width
+
     def subset(self, some: slice) -> StepContext:
         """The context of a part of the windows."""
         return replace(self, rows=self.rows[some], pictures=self.pictures[some], origins=self.origins[some])
@@ -80,6 +89,7 @@ def sample(
     weight: torch.Tensor | None = None,
     window_batch_size: int | None = None,
     bridging: str | Bridge | None = None,
+    start: str | CoarseStart | None = None,
     cuda_graph: bool = False,
     callback: Callable | None = None,
     checkpoint: str | os.PathLike | Checkpoint | None = None,
@@ -120,6 +130,11 @@ def sample(
         window_batch_size: windows in one call of the denoiser; None: 4. Halved, with one warning, when memory is out.
         bridging: name or object (`instantas.sampling.bridging`) that chooses plan, evaluated windows and adjustment of
             each step. None: the same plan at every step. With a plan per step, `weight` must fit them all.
+        start: "coarse" or an object (`instantas.sampling.coarse.CoarseStart`): the run begins on a smaller canvas, with
+            what `latents` have of its frequencies, and goes on from a later timestep on that of the plan. The denoiser
+            is given windows of either (`StepContext.size`), each canvas counts its own steps, a guidance map is made
+            smaller, and callbacks are given the latents of the canvas at hand. For schedulers with known noise levels.
+            None or "none": all steps on the plan's canvas.
         cuda_graph: capture a step, from gathering to the scheduler's update, once for all steps that are alike, and
             replay it: `instantas.sampling.graphs`. For a denoiser that CUDA can capture, on a scheduler with a
             recurrence. No gradients.
@@ -137,10 +152,16 @@ def sample(
         TypeError, ValueError: naming the argument, what was expected and what came, before the denoiser is called.
     """
     evaluate = Evaluator(denoiser, window_batch_size)
-    bridging, checkpoint = bridge(bridging), Checkpoint.of(checkpoint)
+    bridging, start, checkpoint = bridge(bridging), coarse.start_of(start), Checkpoint.of(checkpoint)
     _check_run(latents, plan)
     check_settings(len(latents), 0.0 if callable(guidance_rescale) else guidance_rescale, eta, generator)
     set_timesteps(scheduler, num_inference_steps, timesteps, latents.device)
+    for name, value in dict(begin=begin, known=known).items():
+        if start is not None and value is not None:
+            raise ValueError(f"{name}: expected None with a start, which says itself where it goes on, got {value}")
+    *before, last = coarse.legs(start, plan, scheduler, evaluations)
+    if before:
+        begin, evaluations = last.begin, last.steps
     from_picture, begin = begin is not None, _begin(begin or 0, len(scheduler.timesteps))
     timesteps = scheduler.timesteps[begin:]
     timesteps = timesteps[: _evaluations(evaluations, len(timesteps))]
@@ -170,6 +191,7 @@ def sample(
         eta=eta,
         generator=generator,
         bridging=bridging,
+        start=start,
         denoiser=denoiser,
         known=None if known is None else (known.latents, known.noise, known.painted, known.told),
     )
@@ -187,6 +209,16 @@ def sample(
     )
     latest = known.prediction(noise_levels[0]).to(latents.dtype) if known is not None and reuse else None
     state, done = recorder.resume(State(latents * deviation, update.history(latents), latest))
+    if before and not done:
+        settings: dict[str, Any] = dict(guidance_rescale=guidance_rescale, eta=eta, generator=generator)
+        settings |= dict(window_batch_size=window_batch_size, bridging=bridging, cuda_graph=cuda_graph)
+        run = functools.partial(sample, denoiser)
+        try:
+            begun = coarse.begun(run, latents, [*before, last], guidance_scale, callback, **settings)
+        except coarse.Interrupted as stop:
+            return stop.latents
+        state = replace(state, canvas=begun)
+    callback = coarse.counted_from(callback, sum(leg.steps for leg in before))
     if cuda_graph:
         advance = StepGraphs(advance, steps[done:], getattr(denoiser, "phase", None))
     with recorder:
