@@ -21,7 +21,9 @@ from instantas.cli.pictures import check_output, check_size, read_picture
 from instantas.cli.record import record
 from instantas.files import check_writable
 from instantas.regions import SCHEDULES, Region, RegionMap
-from instantas.sampling.bridging import BRIDGES, DEFAULT, evaluations
+from instantas.sampling import coarse
+from instantas.sampling.bridging import BRIDGES, DEFAULT
+from instantas.sampling.coarse import STARTS
 from instantas.sampling.sampler import set_timesteps
 
 STRENGTH = 0.8  # as in diffusers' img2img
@@ -67,6 +69,13 @@ STRENGTH = 0.8  # as in diffusers' img2img
     "--bridging",
     metavar="NAME[+NAME]",
     help=f"What ties the windows together: none, {', '.join(BRIDGES)}; by default {DEFAULT}, of multidiffusion none.",
+)
+@click.option(
+    "--start",
+    type=click.Choice(list(STARTS)),
+    default="none",
+    show_default=True,
+    help="coarse: begin on a smaller canvas, for one scene in place of many and fewer evaluations.",
 )
 @click.option(
     "--region",
@@ -139,17 +148,17 @@ def generate(
         regions = regions or [Region(**note) for note in notes]
         if is_given(context, "method") and not is_given(context, "bridging"):  # it goes with the method
             options["bridging"] = None
-    start = read_picture(image, "image") if image else None
+    source = read_picture(image, "image") if image else None
     for name, given in (("mask", mask), ("extend", extend)):
-        if given and (start is None or (mask and extend)):
+        if given and (source is None or (mask and extend)):
             raise ValueError(f"{name}: expected one of mask and extend, beside --image, got {given}")
-    if start and extend:
+    if source and extend:
         if is_given(context, "size"):
             raise ValueError(f"size: expected none beside --extend, got {size}")
-        size = start.width + extend[0] + extend[2], start.height + extend[1] + extend[3]
+        size = source.width + extend[0] + extend[2], source.height + extend[1] + extend[3]
     masked = read_picture(mask, "mask", "black") if mask else None
     hints = [read_picture(control.image, "control") for control in options["controls"]]
-    for picture in filter(None, (start, *hints)):
+    for picture in filter(None, (source, *hints)):
         size = size or picture.size
     for name, value in (("prompt", prompt), ("size", size)):
         if value is None:
@@ -163,7 +172,7 @@ def generate(
             raise ValueError(f"preview: expected another file than the output, got {str(preview)!r}")
         check_writable(preview, overwrite=force)
     inputs = dict(
-        regions=regions, notes=notes, image=image, start=start, hints=hints, mask=mask, masked=masked, extend=extend
+        regions=regions, notes=notes, image=image, start=source, hints=hints, mask=mask, masked=masked, extend=extend
     )
     _paint(prompt, size, output, force, preview, kept, **inputs, **options)
 
@@ -179,7 +188,7 @@ def _paint(
     regions,
     notes,
     image,
-    start,
+    source,
     hints,
     mask,
     masked,
@@ -199,7 +208,7 @@ def _paint(
     device,
     **settings,
 ):
-    if start is None and strength is not None:
+    if source is None and strength is not None:
         raise ValueError(f"strength: expected none without --image, got {strength}")
     if model is None:
         check_words([prompt, *(region.prompt for region in regions)], negative)
@@ -209,7 +218,7 @@ def _paint(
         num_inference_steps=pipe.defaults["num_inference_steps"] if steps is None else steps,
         guidance_scale=pipe.defaults["guidance_scale"] if guidance is None else guidance,
         negative_prompt=negative,
-        strength=(1.0 if mask or extend else STRENGTH) if start is not None and strength is None else strength,
+        strength=(1.0 if mask or extend else STRENGTH) if source is not None and strength is None else strength,
         bridging=settings["bridging"] or (DEFAULT if method == "instantas" else "none"),
         window_batch_size=window_batch,
     )
@@ -236,11 +245,11 @@ def _paint(
     text = kept.text or record(pipe, prompt, seed, size, noted, model=model, scheduler=scheduler, files=used)
     check_finish(pipe, output, text, force)
     hint = hints if len(hints) > 1 else hints[0] if hints else None
-    pictures = dict(image=hint) if start is None else dict(image=start, control_image=hint)
+    pictures = dict(image=hint) if source is None else dict(image=source, control_image=hint)
     asked = settings | dict(regions=regions, generator=generator, checkpoint=kept.checkpoint(checkpoint, text))
     with kept.until_done("generate"):
         if extend:
-            write(pipe.extend(start, *extend, prompt, control_image=hint, **asked).images[0], output, text, force)
+            write(pipe.extend(source, *extend, prompt, control_image=hint, **asked).images[0], output, text, force)
             return
         asked |= pictures | dict(height=height, width=width)
         if mask:
@@ -272,8 +281,9 @@ def _evaluations(pipe, size, settings, regions, painted):
     set_timesteps(pipe.scheduler, settings["num_inference_steps"], None, pipe.device)
     plan = pipe.plan(size[1], size[0], wrap=settings["wrap"], method=settings["method"])
     begin = 0 if settings["strength"] is None else first_timestep(pipe.scheduler, settings["strength"])
-    steps = len(pipe.scheduler.timesteps) - begin
-    count = evaluations(settings["bridging"], plan, steps, painted=painted) * (
-        1 + regions * (settings["method"] == "multidiffusion")
-    )
-    return f"windows: {plan.count}, evaluations: {count} in {steps} steps"
+    runs = coarse.legs(coarse.start_of(settings["start"]), plan, pipe.scheduler)
+    runs = [runs[0]._replace(begin=begin)] if begin else runs
+    count = coarse.evaluations(settings["bridging"], runs, painted=painted)
+    count *= 1 + regions * (settings["method"] == "multidiffusion")
+    smaller = "".join(f", {run.steps} of them on {run.plan.width}x{run.plan.height} cells" for run in runs[:-1])
+    return f"windows: {plan.count}, evaluations: {count} in {sum(run.steps for run in runs)} steps{smaller}"

@@ -199,7 +199,7 @@ def counted_from(callback: Callable | None, before: int) -> Callable | None:
 
 def noised(scheduler: Any, clean: torch.Tensor, noise: torch.Tensor, begin: int) -> torch.Tensor:
     """The clean sample with the noise of a scheduler's timestep, given by number."""
-    timestep = scheduler.timesteps[begin : begin + 1].to(clean.device).repeat(len(clean))
+    timestep, scheduler = scheduler.timesteps[begin : begin + 1].to(clean.device), copy.deepcopy(scheduler)
     if hasattr(scheduler, "scale_noise"):  # of flow matching
         return scheduler.scale_noise(clean, timestep, noise)
     return scheduler.add_noise(clean, noise, timestep)
