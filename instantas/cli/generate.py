@@ -39,6 +39,13 @@ STRENGTH = 0.8  # as in diffusers' img2img
 @click.option("--steps", type=click.IntRange(1), help="Scheduler steps; by default the model's own number, else 50.")
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), help="By default a random one, which is printed.")
 @click.option("--guidance", type=float, help="Guidance scale; by default the model's own, else 7.5.")
+@click.option(
+    "--guidance-interval",
+    type=(float, float),
+    metavar="START END",
+    default=(0.0, 1.0),
+    help="Fractions of the run outside of which only the prompt is evaluated.",
+)
 @click.option("--scheduler", type=click.Choice(sorted(SCHEDULERS)), help="By default the model's own.")
 @click.option("--negative", metavar="PROMPT", help="What the picture should not show.")
 @wrap_option
@@ -172,7 +179,7 @@ def generate(
             raise ValueError(f"preview: expected another file than the output, got {str(preview)!r}")
         check_writable(preview, overwrite=force)
     inputs = dict(
-        regions=regions, notes=notes, image=image, start=source, hints=hints, mask=mask, masked=masked, extend=extend
+        regions=regions, notes=notes, image=image, source=source, hints=hints, mask=mask, masked=masked, extend=extend
     )
     _paint(prompt, size, output, force, preview, kept, **inputs, **options)
 
@@ -229,7 +236,7 @@ def _paint(
         drawn = RegionMap(regions, height, width, pipe.cell, pipe.canvas(height, width), **shares)
         drawn.preview(preview, pipe.plan(height, width, wrap=wrap, method=method))
         click.echo(f"{preview}: layout")
-    painted = None if start is None else _painted(pipe, size, start, masked, extend)
+    painted = None if source is None else _painted(pipe, size, source, masked, extend)
     click.echo(f"{_evaluations(pipe, size, settings, len(regions), painted)}, memory: {memory}")
     seed = random.SystemRandom().randrange(2**32) if seed is None else seed
     generator = torch.Generator("cpu").manual_seed(seed)
@@ -261,12 +268,12 @@ def _paint(
         finish(pipe, latents.to(pipe.device, pipe.unet.dtype), output, text, force)
 
 
-def _painted(pipe, size, start, masked, extend):
+def _painted(pipe, size, source, masked, extend):
     """(H, W) bool, the cells of the canvas that are painted; None: all."""
     from instantas.pipelines.outpainting import Margins
     from instantas.pipelines.pictures import read_masks
 
-    (width, height), own = size, (start.height, start.width)
+    (width, height), own = size, (source.height, source.width)
     given = Margins(*extend).mask(*own, pipe.cell) if extend else masked
     if given is None:
         return None

@@ -45,7 +45,7 @@ from instantas.regions.prompts import PipelineEncoder
 from instantas.sampling import coarse
 from instantas.sampling.bridging import bridge
 from instantas.sampling.checkpoint import Checkpoint
-from instantas.sampling.sampler import check_settings, sample, set_timesteps
+from instantas.sampling.sampler import check_interval, check_settings, sample, set_timesteps
 
 
 class InstantASPipeline(Tasks):
@@ -99,6 +99,7 @@ class InstantASPipeline(Tasks):
         semantic_schedule: str = "constant",
         bridging: Any = "default",
         start: Any = "none",
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
         wrap: tuple[bool, bool] = (False, False),
         window_batch_size: int | None = None,
         cuda_graph: bool = False,
@@ -154,6 +155,8 @@ class InstantASPipeline(Tasks):
                 windows see the whole, and go on from its enlarged latents: one scene, for fewer evaluations. Regions,
                 their masks and control pictures are made smaller; callbacks are given the latents of the canvas at
                 hand. "none" or None: every step on the whole canvas.
+            guidance_interval: (start, end), fractions of the run outside of which the UNet is evaluated with the prompt
+                alone, as with a callback that sets the guidance scale to 1.
             wrap: (vertical, horizontal), whether opposite edges join. Such a side must be whole cells.
             window_batch_size: windows in one evaluation of the UNet; None: 4. Of no effect on the picture.
             cuda_graph: capture a step once and replay it for all steps that are alike (`sampler.sample`). On a GPU,
@@ -271,6 +274,7 @@ class InstantASPipeline(Tasks):
                     f"regions: expected one list, or one for each of {pictures} pictures, got {region_map.pictures}"
                 )
             check_settings(pictures, guidance_rescale, eta, generator)
+            check_interval(guidance_interval)
             if source is None:
                 start = Start(self._noise(pictures, plan, generator, latents))
             else:
@@ -331,6 +335,7 @@ class InstantASPipeline(Tasks):
                     known=known,
                     guidance_scale=guidance if cuda_graph else step_end.guidance,
                     guidance_rescale=guidance_rescale if cuda_graph else step_end.guidance_rescale,
+                    guidance_interval=guidance_interval,
                     eta=eta,
                     generator=generator,
                     # windows that have to overlap give way to each other slowly; MultiDiffusion's count alike

@@ -44,6 +44,8 @@ class StepContext:
         pictures: (m,) int64 on the latents' device, the picture of each window given.
         origins: (m, 2) int32 on the latents' device, the (y, x) of each.
         view: what they are cut from (`bridging.View`, for masks to be seen through too); None: the canvas.
+        guided: whether the unconditional prediction counts at this step (`guidance_interval`); where it does not, a
+            denoiser may save it.
         captured: whether the call is captured in a CUDA graph. The tensors on the device then are of the step that is
             replayed, and all else is of one step for several, whose pictures are the same and whose windows may lie
             elsewhere.
@@ -58,6 +60,7 @@ class StepContext:
     pictures: torch.Tensor
     origins: torch.Tensor
     view: View | None = None
+    guided: bool = True
     captured: bool = False
 
     @property
@@ -84,6 +87,7 @@ def sample(
     known: Known | None = None,
     guidance_scale: float | torch.Tensor | Callable = 1.0,
     guidance_rescale: float | Callable = 0.0,
+    guidance_interval: tuple[float, float] = (0.0, 1.0),
     eta: float = 0.0,
     generator: torch.Generator | list[torch.Generator] | None = None,
     weight: torch.Tensor | None = None,
@@ -124,6 +128,8 @@ def sample(
         guidance_rescale: share by which the guided prediction is rescaled to the standard deviation of cond (Lin et al.
             2024, section 3.4), over the whole canvas, beside `known` cells over the resting windows that are evaluated;
             or a function that gives it, as for `guidance_scale`.
+        guidance_interval: (start, end), fractions of the run: steps that begin before its start or at its end and later
+            take cond alone (Kynkäänniemi et al. 2024).
         eta: of schedulers that take it (DDIM).
         generator: for schedulers that draw noise; a list has one for each picture.
         weight: overlap weight of the windows, as `ops.scatter_windows` takes it.
@@ -155,6 +161,7 @@ def sample(
     bridging, start, checkpoint = bridge(bridging), coarse.start_of(start), Checkpoint.of(checkpoint)
     _check_run(latents, plan)
     check_settings(len(latents), 0.0 if callable(guidance_rescale) else guidance_rescale, eta, generator)
+    interval = check_interval(guidance_interval)
     set_timesteps(scheduler, num_inference_steps, timesteps, latents.device)
     for name, value in dict(begin=begin, known=known).items():
         if start is not None and value is not None:
@@ -178,7 +185,7 @@ def sample(
     reuse = any(stage.plan.partial for stage, _ in stages)
     evaluated = None if known is None else _evaluated(known, plan)
     advance: Callable = _Advance(evaluate, update, guidance_scale, guidance_rescale, plan, reuse, evaluated)
-    steps = _steps(latents, timesteps, stages, noise_levels, recurrence)
+    steps = _steps(latents, timesteps, stages, noise_levels, recurrence, interval)
     told = {} if callback is None or "denoised" not in inspect.signature(callback).parameters else {"denoised": None}
     deviation = 1.0 if from_picture else getattr(scheduler, "init_noise_sigma", 1.0)
     arguments = dict(
@@ -188,6 +195,7 @@ def sample(
         timesteps=timesteps,
         guidance_scale=guidance_scale,
         guidance_rescale=guidance_rescale,
+        guidance_interval=interval,
         eta=eta,
         generator=generator,
         bridging=bridging,
@@ -210,8 +218,9 @@ def sample(
     latest = known.prediction(noise_levels[0]).to(latents.dtype) if known is not None and reuse else None
     state, done = recorder.resume(State(latents * deviation, update.history(latents), latest))
     if before and not done:
-        settings: dict[str, Any] = dict(guidance_rescale=guidance_rescale, eta=eta, generator=generator)
-        settings |= dict(window_batch_size=window_batch_size, bridging=bridging, cuda_graph=cuda_graph)
+        settings: dict[str, Any] = dict(guidance_rescale=guidance_rescale, guidance_interval=interval, eta=eta)
+        settings |= dict(generator=generator, window_batch_size=window_batch_size, bridging=bridging)
+        settings["cuda_graph"] = cuda_graph
         run = functools.partial(sample, denoiser)
         try:
             begun = coarse.begun(run, latents, [*before, last], guidance_scale, callback, **settings)
@@ -287,7 +296,7 @@ class _Advance:
         predicted = predict(self.evaluate, canvas, step.weight, context, scale)
         if not context.plan.count and latest is not None and len(latest) == 2:
             predicted = replace(predicted, uncond=predicted.cond)
-        if guidance is None:
+        if guidance is None or not context.guided:
             predicted = predicted.conditional()
         if self.reuse:
             predicted = predicted.kept(latest, step.carry, canvas)
@@ -413,7 +422,7 @@ def _evaluated(known, plan):
     return torch.from_numpy((rest.plan.coverage() > 0).ravel().nonzero()[0]).to(known.latents.device)
 
 
-def _steps(latents, timesteps, stages, noise_levels, recurrence):
+def _steps(latents, timesteps, stages, noise_levels, recurrence, interval):
     """All steps, with everything from the host copied before the first: the loop waits for no device."""
     device, steps, like = latents.device, [], {}
     numbers = recurrence and recurrence.to(device)
@@ -430,7 +439,8 @@ def _steps(latents, timesteps, stages, noise_levels, recurrence):
         if stage.view is not None:
             stage.view.on(device)
         pictures, origins = placed[:, 0], stage.plan.tables(device).origins[placed[:, 1]]
-        context = StepContext(i, len(stages), t, stage.plan, rows, level, pictures, origins, stage.view)
+        guided = interval[0] <= i / len(stages) < interval[1]
+        context = StepContext(i, len(stages), t, stage.plan, rows, level, pictures, origins, stage.view, guided)
         step = Step(context, stage, weight, carry[i])
         if recurrence:
             table = numbers.coefficients[i], numbers.keep[i], numbers.input_scale[i]
@@ -497,6 +507,16 @@ def check_settings(pictures: int, guidance_rescale: Any, eta: Any, generator: An
         raise TypeError(f"generator: expected a torch.Generator or a list of them, got {type(wrong[0]).__name__}")
     if isinstance(generator, list) and len(generator) != pictures:
         raise ValueError(f"generator: expected one for each of {pictures} pictures, got {len(generator)}")
+
+
+def check_interval(interval: Any) -> tuple[float, float]:
+    """(start, end) with 0 <= start < end <= 1; raises TypeError, ValueError."""
+    if not isinstance(interval, (tuple, list)) or len(interval) != 2:
+        raise TypeError(f"guidance_interval: expected (start, end), got {interval!r}")
+    start, end = (real("guidance_interval", each, 0, 1) for each in interval)
+    if start >= end:
+        raise ValueError(f"guidance_interval: expected start < end, got {interval}")
+    return start, end
 
 
 def _begin(begin, timesteps):
