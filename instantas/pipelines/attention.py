@@ -63,7 +63,7 @@ class RegionalPrompts:
     ):
         self.module, self.mode = module, mode
         self.regions: Any = regions if isinstance(regions, RegionMap) else None
-        self._given = self.regions
+        self._given: Any = self.regions
         self.bank = PromptBank(self.regions.lists if self.regions else region_lists(regions))
         self._pipe, self._encode, self._guided, self._scheduler = pipe, encode, guided, scheduler
         self._settings, self._progress, self._lock = settings, Progress(), threading.RLock()

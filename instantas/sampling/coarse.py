@@ -123,7 +123,7 @@ def legs(start: CoarseStart | None, plan: WindowPlan, scheduler: Any, end: int |
         return [Leg(plan, scheduler, None, end)]
     if plan.count != plan.lower_bound:
         raise ValueError(f"start: expected a plan of the fewest windows, {plan.lower_bound}, got {plan.count}")
-    few, found = _few_steps(scheduler, start.steps), []
+    few, found = _few_steps(scheduler, start.steps), list[Leg]()
     for size in sizes:
         small = WindowPlan.minimum_coverage(*size, plan.window, wrap=plan.wrap)
         found.append(Leg(small, copy.deepcopy(few), _begin(few, start.sigma) if found else None))
