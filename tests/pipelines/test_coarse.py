@@ -128,7 +128,7 @@ def test_an_interrupted_run_gives_the_size_that_was_asked_for(pipe):
         (dict(start=1.5), TypeError, "start: expected a name or a CoarseStart"),
         (dict(method="multidiffusion"), ValueError, 'start: expected "none" with multidiffusion'),
         (dict(image=Image.new("RGB", (8, 8)), strength=0.5), ValueError, 'start: expected "none" with strength'),
-        (dict(denoising_end=0.2), ValueError, "start: expected to go on before the run's end"),
+        (dict(denoising_end=0.4), ValueError, "start: expected to go on before the run's end"),
     ],
 )
 def test_what_does_not_go_together_is_refused(pipe, monkeypatch, settings, kind, message):

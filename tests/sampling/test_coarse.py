@@ -296,6 +296,29 @@ def test_where_the_run_ends_is_counted_from_its_beginning():
     assert [t for t, side in seen if side == 16] == chosen.timesteps[last.begin : 8].tolist()
 
 
+def test_a_stopped_run_goes_on_to_the_same_picture(tmp_path):
+    """Without the smaller canvas, where that was done; ancestral noise and re-used predictions included."""
+    plan, seen = WindowPlan.minimum_coverage(16, 16, 8), []
+
+    def run(stop_at=None, checkpoint=None):
+        def denoiser(windows, t, context):
+            seen.append(context.size)
+            if context.size == (16, 16) and context.step == stop_at:
+                raise KeyboardInterrupt
+            return network(windows, t, context)
+
+        return sample(
+            denoiser, draw(0, 1, 4, 16, 16), plan, of("EulerAncestralDiscrete"), num_inference_steps=STEPS,
+            start="coarse", bridging="shift", generator=torch.Generator().manual_seed(0), checkpoint=checkpoint,
+        )  # fmt: skip
+
+    whole = run()
+    with pytest.raises(KeyboardInterrupt):
+        run(3, tmp_path / "run")
+    seen.clear()
+    assert torch.equal(run(checkpoint=tmp_path / "run"), whole) and set(seen) == {(16, 16)}
+
+
 REFUSED = {
     "name": (dict(start="fine"), ValueError, "start: expected one of none, coarse, got 'fine'"),
     "kind": (dict(start=2), TypeError, "start: expected a name or a CoarseStart, got int"),
