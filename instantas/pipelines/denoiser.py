@@ -205,6 +205,6 @@ class WindowDenoiser:
         h, w = (side * self.cell for side in context.plan.window)
         if context.view is not None:
             return F.interpolate(image, (h, w), mode="area")[picture]
-        rows, columns = context.size
-        image = F.adaptive_avg_pool2d(image, (rows * self.cell, columns * self.cell))  # itself on its own canvas
+        canvas = tuple(side * self.cell for side in context.size)
+        image = image if image.shape[-2:] == canvas else F.adaptive_avg_pool2d(image, canvas)  # of a coarse start
         return cut(image, picture, context.origins * self.cell, (h, w))

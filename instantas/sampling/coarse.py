@@ -218,11 +218,12 @@ def carry(x: torch.Tensor, size: tuple[int, int], wrap: tuple[bool, bool]) -> to
 
     White noise carried down is white noise; carried up it is white in the corner of its frequencies, and 0 elsewhere.
     """
+    wide = torch.promote_types(x.dtype, torch.float32)
     rows, columns = (
-        (basis(new, wraps)[:old].T @ basis(old, wraps)[:new]).to(x.device, torch.float32)
+        (basis(new, wraps)[:old].T @ basis(old, wraps)[:new]).to(x.device, wide)
         for new, old, wraps in zip(size, x.shape[-2:], wrap)
     )
-    return (rows @ x.float() @ columns.T).to(x.dtype)
+    return (rows @ x.to(wide) @ columns.T).to(x.dtype)
 
 
 def with_detail(
@@ -236,12 +237,13 @@ def with_detail(
     The power of detail is what each picture and channel has itself at that distance from frequency 0, in `BINS` bins.
     """
     (height, width), device = clean.shape[-2:], clean.device
-    bases = [basis(side, wraps).to(device, torch.float32) for side, wraps in zip((height, width), wrap)]
-    wider = [basis(side, wraps).to(device, torch.float32) for side, wraps in zip(size, wrap)]
-    spectrum = bases[0] @ clean.float() @ bases[1].T
+    wide = torch.promote_types(clean.dtype, torch.float32)
+    bases = [basis(side, wraps).to(device, wide) for side, wraps in zip((height, width), wrap)]
+    wider = [basis(side, wraps).to(device, wide) for side, wraps in zip(size, wrap)]
+    spectrum = bases[0] @ clean.to(wide) @ bases[1].T
     own, others = (_radius(each, wrap).to(device) for each in ((height, width), size))
     bins, wanted = ((radius * (BINS / own.max())).long().clamp(max=BINS - 1) for radius in (own, others))
-    members = F.one_hot(bins.flatten(), BINS).float()
+    members = F.one_hot(bins.flatten(), BINS).to(wide)
     power = (spectrum.square().flatten(2) @ members / members.sum(0).clamp(min=1))[..., wanted]
     larger = normal(power, generator) * power.sqrt()
     larger[..., :height, :width] = spectrum * math.sqrt(size[0] * size[1] / (height * width))
@@ -276,7 +278,7 @@ def _few_steps(scheduler, share):
     few = copy.deepcopy(scheduler)
     number = getattr(scheduler, "num_inference_steps", None) or len(scheduler.timesteps)
     try:
-        few.set_timesteps(max(1, round(share * number)))
+        few.set_timesteps(max(1, round(share * number)), device=scheduler.timesteps.device)
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"start: expected a scheduler whose set_timesteps takes a number of steps alone, for the smaller canvas, "
