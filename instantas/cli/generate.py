@@ -21,7 +21,9 @@ from instantas.cli.pictures import check_output, check_size, read_picture
 from instantas.cli.record import record
 from instantas.files import check_writable
 from instantas.regions import SCHEDULES, Region, RegionMap
-from instantas.sampling.bridging import BRIDGES, DEFAULT, evaluations
+from instantas.sampling import coarse
+from instantas.sampling.bridging import BRIDGES, DEFAULT
+from instantas.sampling.coarse import STARTS
 from instantas.sampling.sampler import set_timesteps
 
 STRENGTH = 0.8  # as in diffusers' img2img
@@ -37,6 +39,13 @@ STRENGTH = 0.8  # as in diffusers' img2img
 @click.option("--steps", type=click.IntRange(1), help="Scheduler steps; by default the model's own number, else 50.")
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), help="By default a random one, which is printed.")
 @click.option("--guidance", type=float, help="Guidance scale; by default the model's own, else 7.5.")
+@click.option(
+    "--guidance-interval",
+    type=(float, float),
+    metavar="START END",
+    default=(0.0, 1.0),
+    help="Fractions of the run outside of which only the prompt is evaluated.",
+)
 @click.option("--scheduler", type=click.Choice(sorted(SCHEDULERS)), help="By default the model's own.")
 @click.option("--negative", metavar="PROMPT", help="What the picture should not show.")
 @wrap_option
@@ -67,6 +76,13 @@ STRENGTH = 0.8  # as in diffusers' img2img
     "--bridging",
     metavar="NAME[+NAME]",
     help=f"What ties the windows together: none, {', '.join(BRIDGES)}; by default {DEFAULT}, of multidiffusion none.",
+)
+@click.option(
+    "--start",
+    type=click.Choice(list(STARTS)),
+    default="none",
+    show_default=True,
+    help="coarse: begin on a smaller canvas, for one scene in place of many and fewer evaluations.",
 )
 @click.option(
     "--region",
@@ -139,17 +155,17 @@ def generate(
         regions = regions or [Region(**note) for note in notes]
         if is_given(context, "method") and not is_given(context, "bridging"):  # it goes with the method
             options["bridging"] = None
-    start = read_picture(image, "image") if image else None
+    source = read_picture(image, "image") if image else None
     for name, given in (("mask", mask), ("extend", extend)):
-        if given and (start is None or (mask and extend)):
+        if given and (source is None or (mask and extend)):
             raise ValueError(f"{name}: expected one of mask and extend, beside --image, got {given}")
-    if start and extend:
+    if source and extend:
         if is_given(context, "size"):
             raise ValueError(f"size: expected none beside --extend, got {size}")
-        size = start.width + extend[0] + extend[2], start.height + extend[1] + extend[3]
+        size = source.width + extend[0] + extend[2], source.height + extend[1] + extend[3]
     masked = read_picture(mask, "mask", "black") if mask else None
     hints = [read_picture(control.image, "control") for control in options["controls"]]
-    for picture in filter(None, (start, *hints)):
+    for picture in filter(None, (source, *hints)):
         size = size or picture.size
     for name, value in (("prompt", prompt), ("size", size)):
         if value is None:
@@ -163,7 +179,7 @@ def generate(
             raise ValueError(f"preview: expected another file than the output, got {str(preview)!r}")
         check_writable(preview, overwrite=force)
     inputs = dict(
-        regions=regions, notes=notes, image=image, start=start, hints=hints, mask=mask, masked=masked, extend=extend
+        regions=regions, notes=notes, image=image, source=source, hints=hints, mask=mask, masked=masked, extend=extend
     )
     _paint(prompt, size, output, force, preview, kept, **inputs, **options)
 
@@ -179,7 +195,7 @@ def _paint(
     regions,
     notes,
     image,
-    start,
+    source,
     hints,
     mask,
     masked,
@@ -199,7 +215,7 @@ def _paint(
     device,
     **settings,
 ):
-    if start is None and strength is not None:
+    if source is None and strength is not None:
         raise ValueError(f"strength: expected none without --image, got {strength}")
     if model is None:
         check_words([prompt, *(region.prompt for region in regions)], negative)
@@ -209,7 +225,7 @@ def _paint(
         num_inference_steps=pipe.defaults["num_inference_steps"] if steps is None else steps,
         guidance_scale=pipe.defaults["guidance_scale"] if guidance is None else guidance,
         negative_prompt=negative,
-        strength=(1.0 if mask or extend else STRENGTH) if start is not None and strength is None else strength,
+        strength=(1.0 if mask or extend else STRENGTH) if source is not None and strength is None else strength,
         bridging=settings["bridging"] or (DEFAULT if method == "instantas" else "none"),
         window_batch_size=window_batch,
     )
@@ -221,7 +237,7 @@ def _paint(
         drawn = RegionMap(regions, height, width, pipe.cell, pipe.canvas(height, width), **shares)
         drawn.preview(preview, pipe.plan(height, width, wrap=wrap, method=method))
         click.echo(f"{preview}: layout")
-    painted = None if start is None else _painted(pipe, size, start, masked, extend)
+    painted = None if source is None else _painted(pipe, size, source, masked, extend)
     click.echo(f"{_evaluations(pipe, size, settings, len(regions), painted)}, memory: {memory}")
     seed = random.SystemRandom().randrange(2**32) if seed is None else seed
     generator = torch.Generator("cpu").manual_seed(seed)
@@ -237,11 +253,11 @@ def _paint(
     text = kept.text or record(pipe, prompt, seed, size, noted, model=model, scheduler=scheduler, files=used)
     check_finish(pipe, output, text, force)
     hint = hints if len(hints) > 1 else hints[0] if hints else None
-    pictures = dict(image=hint) if start is None else dict(image=start, control_image=hint)
+    pictures = dict(image=hint) if source is None else dict(image=source, control_image=hint)
     asked = settings | dict(regions=regions, generator=generator, checkpoint=kept.checkpoint(checkpoint, text))
     with kept.until_done("generate"):
         if extend:
-            write(pipe.extend(start, *extend, prompt, control_image=hint, **asked).images[0], output, text, force)
+            write(pipe.extend(source, *extend, prompt, control_image=hint, **asked).images[0], output, text, force)
             return
         asked |= pictures | dict(height=height, width=width)
         if mask:
@@ -253,12 +269,12 @@ def _paint(
         finish(pipe, latents.to(pipe.device, pipe.unet.dtype), output, text, force)
 
 
-def _painted(pipe, size, start, masked, extend):
+def _painted(pipe, size, source, masked, extend):
     """(H, W) bool, the cells of the canvas that are painted; None: all."""
     from instantas.pipelines.outpainting import Margins
     from instantas.pipelines.pictures import read_masks
 
-    (width, height), own = size, (start.height, start.width)
+    (width, height), own = size, (source.height, source.width)
     given = Margins(*extend).mask(*own, pipe.cell) if extend else masked
     if given is None:
         return None
@@ -273,8 +289,9 @@ def _evaluations(pipe, size, settings, regions, painted):
     set_timesteps(pipe.scheduler, settings["num_inference_steps"], None, pipe.device)
     plan = pipe.plan(size[1], size[0], wrap=settings["wrap"], method=settings["method"])
     begin = 0 if settings["strength"] is None else first_timestep(pipe.scheduler, settings["strength"])
-    steps = len(pipe.scheduler.timesteps) - begin
-    count = evaluations(settings["bridging"], plan, steps, painted=painted) * (
-        1 + regions * (settings["method"] == "multidiffusion")
-    )
-    return f"windows: {plan.count}, evaluations: {count} in {steps} steps"
+    runs = coarse.legs(coarse.start_of(settings["start"]), plan, pipe.scheduler)
+    runs = [runs[0]._replace(begin=begin)] if begin else runs
+    count = coarse.evaluations(settings["bridging"], runs, painted=painted)
+    count *= 1 + regions * (settings["method"] == "multidiffusion")
+    smaller = "".join(f", {run.steps} of them on {run.plan.width}x{run.plan.height} cells" for run in runs[:-1])
+    return f"windows: {plan.count}, evaluations: {count} in {sum(run.steps for run in runs)} steps{smaller}"

@@ -29,6 +29,8 @@ OPTIONS = {  # a setting's name in the record: the option's
         "wrap",
         "method",
         "bridging",
+        "start",
+        "guidance_interval",
         "region_mode",
         "base_weight",
         "semantic_schedule",

@@ -63,6 +63,7 @@ class RegionalPrompts:
     ):
         self.module, self.mode = module, mode
         self.regions: Any = regions if isinstance(regions, RegionMap) else None
+        self._given: Any = self.regions
         self.bank = PromptBank(self.regions.lists if self.regions else region_lists(regions))
         self._pipe, self._encode, self._guided, self._scheduler = pipe, encode, guided, scheduler
         self._settings, self._progress, self._lock = settings, Progress(), threading.RLock()
@@ -99,6 +100,7 @@ class RegionalPrompts:
         """As `set_windows`, of the windows of a `sampler.StepContext`; waits for no device."""
         origins: Any = context.origins
         progress = context.step / context.steps
+        self.regions = self._given.at(context.size)
         self._place = Place(context.plan, context.rows, origins, progress, context.view, context.captured)
 
     def prepare(self, layers: dict[Attention, RegionalAttnProcessor], args: tuple, kwargs: dict) -> tuple[tuple, dict]:

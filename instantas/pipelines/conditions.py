@@ -185,7 +185,10 @@ class MicroConditions:
     def ids(self, context: StepContext, cell: int) -> torch.Tensor:
         """(m, 6) int64: original size, crop and target size of each window of a step."""
         y, x = context.origins.long().mul(cell).T
-        return self.placed(y, x, [side * cell for side in context.plan.window], whole=context.view is not None)
+        rows, columns = context.size
+        # a coarse start has smaller canvases
+        own = replace(self, canvas=(min(self.canvas[0], rows * cell), min(self.canvas[1], columns * cell)))
+        return own.placed(y, x, [side * cell for side in context.plan.window], whole=context.view is not None)
 
     def placed(self, y: torch.Tensor, x: torch.Tensor, window: Sequence[int], *, whole: bool = False) -> torch.Tensor:
         """(m, 6) int64 of windows of a size in pixels at (y, x), int64 (m,); `whole`: each sees all, in strides."""

@@ -57,7 +57,7 @@ class WindowDenoiser:
         self.image_embeds, self.adapter_masks = image_embeds, adapter_masks
         self.told, self.cross_attention_kwargs = told, cross_attention_kwargs
         self.guided, self.time_ids_shift = prompts.negative is not None, None
-        self._branches = 1 + self.guided
+        self._branches, self._guided = 1 + self.guided, self.guided
 
     def phase(self, context: StepContext) -> tuple:
         """What is done differently at some steps than at others, for `instantas.sampling.graphs`."""
@@ -84,11 +84,12 @@ class WindowDenoiser:
         self, windows: torch.Tensor, timestep: torch.Tensor, context: StepContext
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(cond, uncond) of windows (m, C, h, w); uncond None without guidance."""
+        self._guided = self.guided and context.guided
         if self.regional is not None:
             self.regional.set_step(context)
         picture = context.pictures
         text = self._both(self.prompts.negative, self.prompts.embeds, picture)
-        sample = torch.cat([windows, windows]) if self.guided else windows
+        sample = torch.cat([windows, windows]) if self._guided else windows
         added = self._added(picture, context, text.dtype)
         residuals = {}
         if self.control is not None:
@@ -111,18 +112,18 @@ class WindowDenoiser:
                 return_dict=False,
                 **residuals,
             )[0]
-        if not self.guided:
+        if not self._guided:
             return predicted, None
         uncond, cond = predicted.chunk(2)
         return cond, uncond
 
     def _both(self, negative, positive, picture):
-        return torch.cat([negative[picture], positive[picture]]) if self.guided else positive[picture]
+        return torch.cat([negative[picture], positive[picture]]) if self._guided else positive[picture]
 
     def _rows(self, tensor, picture):
         """Of a tensor with a row for each picture, or for each twice and the unconditional ones first."""
         conditional = self._conditional(tensor, picture)
-        return tensor[torch.cat([picture, conditional]) if self.guided else conditional]
+        return tensor[torch.cat([picture, conditional]) if self._guided else conditional]
 
     def _blocks(self, embeds, picture):
         """Of embeddings for IP-Adapters, of which every picture of each branch has several rows in a row."""
@@ -138,7 +139,7 @@ class WindowDenoiser:
         if self.adapter_masks is None:
             return self.cross_attention_kwargs
         masks = [m if m is None else self._under(m, torch.zeros_like(picture), context) for m in self.adapter_masks]
-        masks = [m if m is None or not self.guided else torch.cat([m, m]) for m in masks]
+        masks = [m if m is None or not self._guided else torch.cat([m, m]) for m in masks]
         return self.cross_attention_kwargs | {"ip_adapter_masks": masks}
 
     @contextlib.contextmanager
@@ -158,7 +159,7 @@ class WindowDenoiser:
         if self.micro is None:
             return None
         ids = self.micro.ids(context, self.cell)
-        if self.guided:
+        if self._guided:
             ids = torch.cat([(self.micro.negative or self.micro).ids(context, self.cell), ids])
         if self.time_ids_shift is not None:
             ids = ids + self._rows(self.time_ids_shift, picture)
@@ -168,12 +169,12 @@ class WindowDenoiser:
     def _controlled(self, sample, timestep, text, added, picture, context):
         control = self.control
         scales = list(self._scales(context))
-        alone = len(picture) if control.guess_mode and self.guided else 0  # leaves the unconditional half out
+        alone = len(picture) if control.guess_mode and self._guided else 0  # leaves the unconditional half out
         images = []
         for image in control.images:
             conditional = self._conditional(image, picture)
             halves = [self._under(image, conditional, context).to(sample.dtype)]
-            if self.guided and not alone:
+            if self._guided and not alone:
                 same = conditional is picture
                 halves = [halves[0] if same else self._under(image, picture, context).to(sample.dtype), *halves]
             images.append(torch.cat(halves))
@@ -204,4 +205,6 @@ class WindowDenoiser:
         h, w = (side * self.cell for side in context.plan.window)
         if context.view is not None:
             return F.interpolate(image, (h, w), mode="area")[picture]
+        canvas = tuple(side * self.cell for side in context.size)
+        image = image if image.shape[-2:] == canvas else F.adaptive_avg_pool2d(image, canvas)  # of a coarse start
         return cut(image, picture, context.origins * self.cell, (h, w))

@@ -42,9 +42,10 @@ from instantas.pipelines.tasks import Tasks
 from instantas.pipelines.turns import host_tensors, turn
 from instantas.regions import RegionMap, check_blend, region_lists
 from instantas.regions.prompts import PipelineEncoder
-from instantas.sampling.bridging import bridge, evaluations
+from instantas.sampling import coarse
+from instantas.sampling.bridging import bridge
 from instantas.sampling.checkpoint import Checkpoint
-from instantas.sampling.sampler import check_settings, sample, set_timesteps
+from instantas.sampling.sampler import check_interval, check_settings, sample, set_timesteps
 
 
 class InstantASPipeline(Tasks):
@@ -97,6 +98,8 @@ class InstantASPipeline(Tasks):
         base_weight: float = 0.0,
         semantic_schedule: str = "constant",
         bridging: Any = "default",
+        start: Any = "none",
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
         wrap: tuple[bool, bool] = (False, False),
         window_batch_size: int | None = None,
         cuda_graph: bool = False,
@@ -148,6 +151,12 @@ class InstantASPipeline(Tasks):
             region_mode: "blend" or "joint" (`ops.regional_attention`); base_weight, semantic_schedule: see `RegionMap`.
             bridging: what ties the windows together, a name or an object of `instantas.sampling.bridging`; "none"
                 or None: nothing.
+            start: "coarse" or an object (`instantas.sampling.coarse.CoarseStart`): begin on a smaller canvas, where few
+                windows see the whole, and go on from its enlarged latents: one scene, for fewer evaluations. Regions,
+                their masks and control pictures are made smaller; callbacks are given the latents of the canvas at
+                hand. "none" or None: every step on the whole canvas.
+            guidance_interval: (start, end), fractions of the run outside of which the UNet is evaluated with the prompt
+                alone, as with a callback that sets the guidance scale to 1.
             wrap: (vertical, horizontal), whether opposite edges join. Such a side must be whole cells.
             window_batch_size: windows in one evaluation of the UNet; None: 4. Of no effect on the picture.
             cuda_graph: capture a step once and replay it for all steps that are alike (`sampler.sample`). On a GPU,
@@ -195,6 +204,10 @@ class InstantASPipeline(Tasks):
             plan = self.plan(height, width, wrap=wrap, method=method, stride=stride)
             size, whole_cells = (height, width), (plan.height * self.cell, plan.width * self.cell)
             bridging = None if bridging == "default" and method == "multidiffusion" else bridge(bridging)
+            smaller = coarse.start_of(start)
+            if smaller is not None and (method == "multidiffusion" or image is not None):
+                other = "multidiffusion" if image is None else "a picture to start from"
+                raise ValueError(f'start: expected "none" with {other}, got {start!r}')
             if timesteps is None and sigmas is None:
                 num_inference_steps = self._default("num_inference_steps", num_inference_steps)
             guidance_scale = self._default("guidance_scale", guidance_scale)
@@ -232,9 +245,13 @@ class InstantASPipeline(Tasks):
             begin = None
             if strength is not None and (strength < 1 or mask_image is None):
                 begin = first_timestep(pipe.scheduler, strength)
-            steps = _evaluations(pipe.scheduler, denoising_end) - (begin or 0)
-            if steps < 1:
+            end = _evaluations(pipe.scheduler, denoising_end)
+            if begin is not None and end <= begin:
                 raise ValueError(f"denoising_end: expected after where strength begins, got {denoising_end}")
+            legs = coarse.legs(smaller, plan, pipe.scheduler, end)
+            if begin is not None:
+                legs = [legs[0]._replace(begin=begin)]
+            steps = sum(leg.steps for leg in legs)
             for name, value in dict(
                 guidance_scale=guidance_scale,
                 guidance_rescale=guidance_rescale,
@@ -257,6 +274,7 @@ class InstantASPipeline(Tasks):
                     f"regions: expected one list, or one for each of {pictures} pictures, got {region_map.pictures}"
                 )
             check_settings(pictures, guidance_rescale, eta, generator)
+            check_interval(guidance_interval)
             if source is None:
                 start = Start(self._noise(pictures, plan, generator, latents))
             else:
@@ -292,7 +310,7 @@ class InstantASPipeline(Tasks):
             )
             told = dict(guidance_scale=guidance, guidance_rescale=guidance_rescale)
             cells = None if known is None else known.cells
-            evaluated = functools.partial(evaluations, bridging, plan, steps, painted=cells)
+            evaluated = functools.partial(coarse.evaluations, bridging, legs, painted=cells)
             paint = self._denoiser(method, prompts, conditions, region_map, region_mode, noise, generator, how)
             with paint as denoiser, pipe.progress_bar(total=steps if cuda_graph else pictures * evaluated()) as bar:
                 bar.unit = "step" if cuda_graph else "window"
@@ -308,21 +326,23 @@ class InstantASPipeline(Tasks):
                     default_device=default_device,
                 )
                 result = sample(
-                    Counted(denoiser, bar, told, lambda step: pictures * evaluated(step)),
+                    Counted(denoiser, bar, told, lambda step: step and pictures * evaluated(step)),
                     noise,
                     plan,
                     pipe.scheduler,
-                    evaluations=steps,
+                    evaluations=end - (begin or 0),
                     begin=begin,
                     known=known,
                     guidance_scale=guidance if cuda_graph else step_end.guidance,
                     guidance_rescale=guidance_rescale if cuda_graph else step_end.guidance_rescale,
+                    guidance_interval=guidance_interval,
                     eta=eta,
                     generator=generator,
                     # windows that have to overlap give way to each other slowly; MultiDiffusion's count alike
                     weight=plan.weight("linear").to(noise.device) if method == "instantas" and plan.overlap else None,
                     window_batch_size=window_batch_size,
                     bridging=bridging,
+                    start=smaller,
                     cuda_graph=cuda_graph,
                     callback=Shown(step_end, bar, steps),
                     checkpoint=checkpoint,

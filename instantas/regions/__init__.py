@@ -6,6 +6,7 @@ cross-attention layers.
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from instantas import ops
 from instantas.checks import integer, real
@@ -219,6 +221,7 @@ class RegionMap:
     lists: tuple[tuple[Region, ...], ...] = field(init=False)
     masks: torch.Tensor = field(init=False, repr=False)
     _latest: dict = field(default_factory=dict, init=False, repr=False)
+    _smaller: dict = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self):
         for name in ("height", "width", "cell"):
@@ -245,6 +248,25 @@ class RegionMap:
         mask = average(mask, self.cell)
         index = [torch.arange(n).clamp(max=length - 1) for n, length in zip(cells, mask.shape)]
         return mask.index_select(0, index[0]).index_select(1, index[1])
+
+    def at(self, latents: tuple[int, int]) -> RegionMap:
+        """The same regions on a canvas of so many (rows, columns) cells that shows the same in fewer; kept.
+
+        Masks are averaged over the area of a cell.
+        """
+        if latents == self.latents:
+            return self
+        if latents not in self._smaller:
+            smaller = copy.copy(self)
+            for name, value in dict(
+                latents=latents,
+                masks=F.adaptive_avg_pool2d(self.masks, latents),
+                _latest={},
+                _smaller={},
+            ).items():
+                object.__setattr__(smaller, name, value)
+            self._smaller[latents] = smaller
+        return self._smaller[latents]
 
     @property
     def pictures(self) -> int:

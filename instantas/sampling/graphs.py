@@ -103,6 +103,7 @@ def _kind(step, phase):
         (plan.height, plan.width, plan.window, plan.wrap),
         tuple(context.rows[:, 0].tolist()),
         _value(step.weight),
+        context.guided,
         phase and phase(context),
     )
 

@@ -6,6 +6,7 @@ over the canvas.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
 from collections.abc import Callable, Sequence
@@ -16,8 +17,10 @@ import torch
 
 from instantas import ops
 from instantas.checks import flag, integer, positive, real
+from instantas.sampling import coarse
 from instantas.sampling.bridging import Bridge, Stage, View, bridge, limited
 from instantas.sampling.checkpoint import Checkpoint, Recorder
+from instantas.sampling.coarse import CoarseStart
 from instantas.sampling.evaluator import Evaluator
 from instantas.sampling.graphs import StepGraphs
 from instantas.sampling.known import Known, Restorer
@@ -41,6 +44,8 @@ class StepContext:
         pictures: (m,) int64 on the latents' device, the picture of each window given.
         origins: (m, 2) int32 on the latents' device, the (y, x) of each.
         view: what they are cut from (`bridging.View`, for masks to be seen through too); None: the canvas.
+        guided: whether the unconditional prediction counts at this step (`guidance_interval`); where it does not, a
+            denoiser may save it.
         captured: whether the call is captured in a CUDA graph. The tensors on the device then are of the step that is
             replayed, and all else is of one step for several, whose pictures are the same and whose windows may lie
             elsewhere.
@@ -55,7 +60,14 @@ class StepContext:
     pictures: torch.Tensor
     origins: torch.Tensor
     view: View | None = None
+    guided: bool = True
     captured: bool = False
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(rows, columns) of the canvas, which may be a smaller one than the run's (`coarse.CoarseStart`)."""
+        plan = self.plan if self.view is None else self.view.whole
+        return plan.height, plan.width
 
     def subset(self, some: slice) -> StepContext:
         """The context of a part of the windows."""
@@ -75,11 +87,13 @@ def sample(
     known: Known | None = None,
     guidance_scale: float | torch.Tensor | Callable = 1.0,
     guidance_rescale: float | Callable = 0.0,
+    guidance_interval: tuple[float, float] = (0.0, 1.0),
     eta: float = 0.0,
     generator: torch.Generator | list[torch.Generator] | None = None,
     weight: torch.Tensor | None = None,
     window_batch_size: int | None = None,
     bridging: str | Bridge | None = None,
+    start: str | CoarseStart | None = None,
     cuda_graph: bool = False,
     callback: Callable | None = None,
     checkpoint: str | os.PathLike | Checkpoint | None = None,
@@ -114,12 +128,19 @@ def sample(
         guidance_rescale: share by which the guided prediction is rescaled to the standard deviation of cond (Lin et al.
             2024, section 3.4), over the whole canvas, beside `known` cells over the resting windows that are evaluated;
             or a function that gives it, as for `guidance_scale`.
+        guidance_interval: (start, end), fractions of the run: steps that begin before its start or at its end and later
+            take cond alone (Kynkäänniemi et al. 2024).
         eta: of schedulers that take it (DDIM).
         generator: for schedulers that draw noise; a list has one for each picture.
         weight: overlap weight of the windows, as `ops.scatter_windows` takes it.
         window_batch_size: windows in one call of the denoiser; None: 4. Halved, with one warning, when memory is out.
         bridging: name or object (`instantas.sampling.bridging`) that chooses plan, evaluated windows and adjustment of
             each step. None: the same plan at every step. With a plan per step, `weight` must fit them all.
+        start: "coarse" or an object (`instantas.sampling.coarse.CoarseStart`): the run begins on a smaller canvas, with
+            what `latents` have of its frequencies, and goes on from a later timestep on that of the plan. The denoiser
+            is given windows of either (`StepContext.size`), each canvas counts its own steps, a guidance map is made
+            smaller, and callbacks are given the latents of the canvas at hand. For schedulers with known noise levels.
+            None or "none": all steps on the plan's canvas.
         cuda_graph: capture a step, from gathering to the scheduler's update, once for all steps that are alike, and
             replay it: `instantas.sampling.graphs`. For a denoiser that CUDA can capture, on a scheduler with a
             recurrence. No gradients.
@@ -137,10 +158,17 @@ def sample(
         TypeError, ValueError: naming the argument, what was expected and what came, before the denoiser is called.
     """
     evaluate = Evaluator(denoiser, window_batch_size)
-    bridging, checkpoint = bridge(bridging), Checkpoint.of(checkpoint)
+    bridging, start, checkpoint = bridge(bridging), coarse.start_of(start), Checkpoint.of(checkpoint)
     _check_run(latents, plan)
     check_settings(len(latents), 0.0 if callable(guidance_rescale) else guidance_rescale, eta, generator)
+    interval = check_interval(guidance_interval)
     set_timesteps(scheduler, num_inference_steps, timesteps, latents.device)
+    for name, value in dict(begin=begin, known=known).items():
+        if start is not None and value is not None:
+            raise ValueError(f"{name}: expected None with a start, which says itself where it goes on, got {value}")
+    *before, last = coarse.legs(start, plan, scheduler, evaluations)
+    if before:
+        begin, evaluations = last.begin, last.steps
     from_picture, begin = begin is not None, _begin(begin or 0, len(scheduler.timesteps))
     timesteps = scheduler.timesteps[begin:]
     timesteps = timesteps[: _evaluations(evaluations, len(timesteps))]
@@ -157,7 +185,7 @@ def sample(
     reuse = any(stage.plan.partial for stage, _ in stages)
     evaluated = None if known is None else _evaluated(known, plan)
     advance: Callable = _Advance(evaluate, update, guidance_scale, guidance_rescale, plan, reuse, evaluated)
-    steps = _steps(latents, timesteps, stages, noise_levels, recurrence)
+    steps = _steps(latents, timesteps, stages, noise_levels, recurrence, interval)
     told = {} if callback is None or "denoised" not in inspect.signature(callback).parameters else {"denoised": None}
     deviation = 1.0 if from_picture else getattr(scheduler, "init_noise_sigma", 1.0)
     arguments = dict(
@@ -167,9 +195,11 @@ def sample(
         timesteps=timesteps,
         guidance_scale=guidance_scale,
         guidance_rescale=guidance_rescale,
+        guidance_interval=interval,
         eta=eta,
         generator=generator,
         bridging=bridging,
+        start=start,
         denoiser=denoiser,
         known=None if known is None else (known.latents, known.noise, known.painted, known.told),
     )
@@ -187,6 +217,17 @@ def sample(
     )
     latest = known.prediction(noise_levels[0]).to(latents.dtype) if known is not None and reuse else None
     state, done = recorder.resume(State(latents * deviation, update.history(latents), latest))
+    if before and not done:
+        settings: dict[str, Any] = dict(guidance_rescale=guidance_rescale, guidance_interval=interval, eta=eta)
+        settings |= dict(generator=generator, window_batch_size=window_batch_size, bridging=bridging)
+        settings["cuda_graph"] = cuda_graph
+        run = functools.partial(sample, denoiser)
+        try:
+            begun = coarse.begun(run, latents, [*before, last], guidance_scale, callback, **settings)
+        except coarse.Interrupted as stop:
+            return stop.latents
+        state = replace(state, canvas=begun)
+    callback = coarse.counted_from(callback, sum(leg.steps for leg in before))
     if cuda_graph:
         advance = StepGraphs(advance, steps[done:], getattr(denoiser, "phase", None))
     with recorder:
@@ -255,7 +296,7 @@ class _Advance:
         predicted = predict(self.evaluate, canvas, step.weight, context, scale)
         if not context.plan.count and latest is not None and len(latest) == 2:
             predicted = replace(predicted, uncond=predicted.cond)
-        if guidance is None:
+        if guidance is None or not context.guided:
             predicted = predicted.conditional()
         if self.reuse:
             predicted = predicted.kept(latest, step.carry, canvas)
@@ -381,7 +422,7 @@ def _evaluated(known, plan):
     return torch.from_numpy((rest.plan.coverage() > 0).ravel().nonzero()[0]).to(known.latents.device)
 
 
-def _steps(latents, timesteps, stages, noise_levels, recurrence):
+def _steps(latents, timesteps, stages, noise_levels, recurrence, interval):
     """All steps, with everything from the host copied before the first: the loop waits for no device."""
     device, steps, like = latents.device, [], {}
     numbers = recurrence and recurrence.to(device)
@@ -398,7 +439,8 @@ def _steps(latents, timesteps, stages, noise_levels, recurrence):
         if stage.view is not None:
             stage.view.on(device)
         pictures, origins = placed[:, 0], stage.plan.tables(device).origins[placed[:, 1]]
-        context = StepContext(i, len(stages), t, stage.plan, rows, level, pictures, origins, stage.view)
+        guided = interval[0] <= i / len(stages) < interval[1]
+        context = StepContext(i, len(stages), t, stage.plan, rows, level, pictures, origins, stage.view, guided)
         step = Step(context, stage, weight, carry[i])
         if recurrence:
             table = numbers.coefficients[i], numbers.keep[i], numbers.input_scale[i]
@@ -465,6 +507,16 @@ def check_settings(pictures: int, guidance_rescale: Any, eta: Any, generator: An
         raise TypeError(f"generator: expected a torch.Generator or a list of them, got {type(wrong[0]).__name__}")
     if isinstance(generator, list) and len(generator) != pictures:
         raise ValueError(f"generator: expected one for each of {pictures} pictures, got {len(generator)}")
+
+
+def check_interval(interval: Any) -> tuple[float, float]:
+    """(start, end) with 0 <= start < end <= 1; raises TypeError, ValueError."""
+    if not isinstance(interval, (tuple, list)) or len(interval) != 2:
+        raise TypeError(f"guidance_interval: expected (start, end), got {interval!r}")
+    start, end = (real("guidance_interval", each, 0, 1) for each in interval)
+    if start >= end:
+        raise ValueError(f"guidance_interval: expected start < end, got {interval}")
+    return start, end
 
 
 def _begin(begin, timesteps):

@@ -43,6 +43,8 @@ def test_picture_of_the_asked_size_with_its_settings_inside(capsys):
         "wrap": [False, False],
         "method": "instantas",
         "bridging": "shift",
+        "start": "none",
+        "guidance_interval": [0.0, 1.0],
         "regions": [],
         "files": {},
         "image": None,

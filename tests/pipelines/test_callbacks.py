@@ -369,3 +369,30 @@ def test_in_a_graph_latents_alone_may_change(names, change, right):
             return
         assert difference(pipe("wall", generator=seeded(), cuda_graph=True, **call).images, eager) < 1e-5
     assert made
+
+
+@pytest.mark.parametrize("make", [tiny.tiny_pipeline, tiny.tiny_xl_pipeline])
+def test_a_guidance_interval_is_a_callback_that_sets_the_scale_to_1(make):
+    theirs, seen = make(), []
+    names = ["prompt_embeds", "add_text_embeds", "add_time_ids"] if make is tiny.tiny_xl_pipeline else ["prompt_embeds"]
+
+    def conditional(pipe, tensors):
+        pipe._guidance_scale = 1.0
+        return {name: tensors[name].chunk(2)[1] for name in names}
+
+    call = dict(prompt="red brick wall", num_inference_steps=5, output_type="latent", guidance_scale=4.0)
+    wanted = theirs(
+        **call, generator=seeded(), callback_on_step_end=at(2, conditional)(), callback_on_step_end_tensor_inputs=names
+    ).images
+    theirs.unet.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+    ours = InstantASPipeline.from_pipe(theirs)(**call, generator=seeded(), guidance_interval=(0.0, 0.6)).images
+    assert difference(ours, wanted) < 1e-4 < difference(plain(theirs), wanted)
+    assert seen[:5] == [2, 2, 2, 1, 1]
+
+
+@pytest.mark.parametrize(
+    "interval, error", [((0.5, 0.5), ValueError), ((-0.1, 1.0), ValueError), (0.5, TypeError), (("a", 1.0), TypeError)]
+)
+def test_guidance_intervals_that_are_none(interval, error):
+    with pytest.raises(error, match="guidance_interval: expected"):
+        InstantASPipeline.from_pipe(tiny.tiny_pipeline())("grass", guidance_interval=interval, num_inference_steps=2)

@@ -19,7 +19,7 @@ from instantas.pipelines.control import Control
 from instantas.pipelines.denoiser import WindowDenoiser
 from instantas.pipelines.pipeline import InstantASPipeline
 from instantas.regions import Region, RegionMap
-from instantas.sampling import bridging, sampler
+from instantas.sampling import bridging, coarse, sampler
 from instantas.sampling.sampler import sample
 from instantas.testing import recorded, tiny
 from instantas.windows import WindowPlan
@@ -122,6 +122,28 @@ def test_phases_have_graphs_of_their_own(recording):
     plain, replayed, _ = both(changing, recording, steps=12)
     torch.testing.assert_close(replayed, plain, rtol=1e-5, atol=1e-5)
     assert len(recording) == 1 + 2
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_steps_in_and_outside_of_a_guidance_interval_have_graphs_of_their_own(recording, saved):
+    def saving(windows, timestep, context):
+        cond, uncond = denoise(windows, timestep, context)
+        return cond, uncond if context.guided or not saved else None
+
+    plain, replayed, _ = both(saving, recording, steps=12, guidance_interval=(0.0, 0.5))
+    torch.testing.assert_close(replayed, plain, rtol=1e-5, atol=1e-5)
+    assert len(recording) == 2
+
+
+def test_graphs_of_a_coarse_start(recording, monkeypatch):
+    """Each canvas has its own."""
+    seeded = torch.Generator()
+    monkeypatch.setattr(
+        coarse, "normal", lambda like, _: torch.randn(like.shape, generator=seeded.manual_seed(like.shape[-1]))
+    )
+    plain, replayed, _ = both(denoise, recording, WindowPlan.minimum_coverage(32, 32, 16), steps=12, start="coarse")
+    torch.testing.assert_close(replayed, plain, rtol=1e-5, atol=1e-5)
+    assert len(recording) == 2
 
 
 def test_a_denoiser_that_reads_a_value_cannot_be_captured(recording):

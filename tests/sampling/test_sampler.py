@@ -457,3 +457,30 @@ def test_a_weight_of_a_kind_of_its_own_is_looked_at_too(value):
     weight[2, 3] = value
     with pytest.raises(ValueError, match="weight: expected values >= 0"):
         sample(pytest.fail, noise(WIDE), WIDE, of("DDIM"), num_inference_steps=2, weight=weight.as_subclass(Marked))
+
+
+@pytest.mark.parametrize("interval", [(0.0, 0.5), (0.3, 0.8), (0.6, 1.0)])
+@pytest.mark.parametrize("saved", [False, True])
+@pytest.mark.parametrize("bridging", ["none", "economy"])
+def test_outside_of_its_interval_guidance_is_1(interval, saved, bridging):
+    """Whether or not the denoiser saves the unconditional prediction; re-used predictions are the prompt's then."""
+    steps, calls = 8, []
+
+    def denoiser(windows, timestep, context):
+        cond, uncond = pointwise(windows, timestep)
+        if context.step not in [step for step, _ in calls]:
+            calls.append((context.step, context.guided))
+        return cond, uncond if context.guided or not saved else None
+
+    def scale(context):
+        return SCALE if interval[0] <= context.step / context.steps < interval[1] else None
+
+    settings = dict(num_inference_steps=steps, bridging=bridging)
+    result = sample(
+        denoiser, noise(WIDE), WIDE, of("DDIM"), guidance_scale=SCALE, guidance_interval=interval, **settings
+    )
+    wanted = sample(pointwise, noise(WIDE), WIDE, of("DDIM"), guidance_scale=scale, **settings)
+    torch.testing.assert_close(result, wanted, rtol=1e-5, atol=1e-5)
+    assert all(guided is (interval[0] <= step / steps < interval[1]) for step, guided in calls)
+    everywhere = sample(pointwise, noise(WIDE), WIDE, of("DDIM"), guidance_scale=SCALE, **settings)
+    assert not torch.allclose(result, everywhere, rtol=1e-3, atol=1e-3)

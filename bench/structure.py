@@ -1,0 +1,249 @@
+"""Scenes of two materials on the embedded model, with and without a start on a smaller canvas.
+
+    python -m bench.structure --out out/structure --only shift coarse       # paints what is missing of some methods
+    python -m bench.structure --out out/structure --table bench/results/structure.md --sheet docs/pictures/structure.jpg
+
+The model's own scheduler (DDIM), 25 steps, guidance 2.5; the same seeds for every method. A picture that is in the
+folder is not painted again. Needs `instantas[train]`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from scipy import ndimage
+
+from bench.quality import (
+    bootstrap,
+    gradient_energy,
+    load_picture,
+    seam_ratio,
+    seam_scatter,
+    window_borders,
+)
+from instantas import InstantASPipeline, demo
+from instantas.files import whole_file
+from instantas.sampling import coarse
+from instantas.sampling.sampler import set_timesteps
+
+SIDE, CELL = 128, 8  # of a native window, of a latent cell, in pixels
+PROMPTS = (
+    "grass next to gravel",
+    "sand next to water",
+    "brick next to lava",
+    "clouds next to purple nebula",
+    "wood next to leaves",
+    "snow next to gravel",
+)
+SEEDS = {1: 5, 2: 5, 3: 2}  # of every prompt, by the windows a side
+LEAST = 0.03  # of the picture's area, that counts as a patch
+OCTAVES = (4, 8, 16, 32, 64, 128)  # wavelengths in pixels: bands between neighbours
+
+
+class Method(NamedTuple):
+    """Arguments of the pipeline's call."""
+
+    bridging: str = "shift"
+    start: Any = "none"
+
+
+METHODS = {
+    "none": Method("none"),
+    "shift": Method(),
+    "shift+dilated": Method("shift+dilated"),
+    "coarse": Method(start="coarse"),
+    "coarse, economy": Method("economy", "coarse"),
+    "coarse, sigma 1.1": Method(start=coarse.CoarseStart(sigma=1.1)),
+    "coarse, sigma 0.8": Method(start=coarse.CoarseStart(sigma=0.8)),
+    "coarse, sigma 2.3": Method(start=coarse.CoarseStart(sigma=2.3)),
+    "coarse, a quarter of the steps": Method(start=coarse.CoarseStart(steps=0.24)),
+    "coarse, stages of 2": Method(start=coarse.CoarseStart(scale=2.0)),
+}
+SIZES = {2: [name for name in METHODS if name != "coarse, stages of 2"], 3: list(METHODS)}
+
+
+@functools.cache
+def pipeline() -> InstantASPipeline:
+    pipe = InstantASPipeline.from_pretrained(demo.folder())
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def file_of(out: Path, name: str, size: int, prompt: str, seed: int) -> Path:
+    return out / f"{name}-{size}" / f"{prompt}-{seed}.png"
+
+
+def paint(out: Path, name: str, size: int, prompt: str, seeds: range) -> None:
+    """The pictures of a method, size x size windows, that are not there yet."""
+    missing = [seed for seed in seeds if not file_of(out, name, size, prompt, seed).exists()]
+    if not missing:
+        return
+    generators = [torch.Generator().manual_seed(seed) for seed in missing]
+    method = METHODS[name]._asdict() if size > 1 else {}
+    sides = dict(height=size * SIDE, width=size * SIDE, num_images_per_prompt=len(missing), window_batch_size=20)
+    pictures = pipeline()(prompt, **sides, generator=generators, **method).images
+    for seed, picture in zip(missing, pictures):
+        path = file_of(out, name, size, prompt, seed)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(path, overwrite=True) as part:
+            picture.save(part, format="PNG")
+
+
+def cost(name: str, size: int) -> float:
+    """Evaluations over those of minimum coverage."""
+    pipe, method = pipeline(), METHODS[name]
+    steps = pipe.defaults["num_inference_steps"]
+    set_timesteps(pipe.scheduler, steps, None, torch.device("cpu"))
+    plan = pipe.plan(size * SIDE, size * SIDE)
+    runs = coarse.legs(coarse.start_of(method.start), plan, pipe.scheduler)
+    return coarse.evaluations(method.bridging, runs) / (steps * plan.count)
+
+
+def surface(picture: np.ndarray) -> np.ndarray:
+    """(H, W, 12): colour and texture around each pixel, at two scales."""
+    from skimage.color import rgb2lab
+
+    lab = rgb2lab(picture)
+    light = lab[..., 0]
+    down, across = np.gradient(light)
+    found = []
+    for scale in (4, 8):
+        means = [ndimage.gaussian_filter(channel, scale) for channel in np.moveaxis(lab, -1, 0)]
+        edges = [np.log(ndimage.gaussian_filter(gradient**2, scale) + 0.1) for gradient in (down, across)]
+        spread = np.log(np.maximum(ndimage.gaussian_filter(light**2, scale) - means[0] ** 2, 0) + 0.5)
+        found += [*means, *edges, spread]
+    return np.stack(found, axis=-1)
+
+
+@functools.cache
+def judge(out: Path, prompt: str) -> Any:
+    """Tells a scene's two materials apart, pixel by pixel: trained on native pictures of each."""
+    from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+
+    features, names = [], []
+    for number, material in enumerate(prompt.split(" next to ")):
+        seeds = range(900, 908)
+        paint(out, "native", 1, material, seeds)
+        for seed in seeds:
+            seen = surface(load_picture(file_of(out, "native", 1, material, seed)))[8:-8:6, 8:-8:6].reshape(-1, 12)
+            features.append(seen)
+            names += [number] * len(seen)
+    return LinearDiscriminantAnalysis().fit(np.concatenate(features), names)
+
+
+def patches(picture: np.ndarray, judge: Any) -> int:
+    """Connected parts of one material that have at least `LEAST` of the area; 2 in a picture of "A next to B"."""
+    seen = surface(picture)[::2, ::2]
+    first = judge.decision_function(seen.reshape(-1, 12)).reshape(seen.shape[:2]) > 0
+    first = ndimage.median_filter(first.astype(np.uint8), size=7)
+    count = 0
+    for material in (0, 1):
+        parts, number = ndimage.label(first == material)
+        count += sum(np.bincount(parts.ravel(), minlength=number + 1)[1:] > LEAST * first.size)
+    return int(count)
+
+
+def octaves(picture: np.ndarray) -> list[float]:
+    """log10 of the luminance's power in the bands between `OCTAVES`, and from 2 to 4 pixels, finest first."""
+    gray = picture @ np.array([0.299, 0.587, 0.114])
+    hann = np.outer(*map(np.hanning, gray.shape))
+    power = np.abs(np.fft.fft2((gray - gray.mean()) * hann)) ** 2 / (hann**2).sum()
+    radius = np.hypot(*np.meshgrid(*map(np.fft.fftfreq, gray.shape), indexing="ij"))
+    bands = zip((2, *OCTAVES), OCTAVES)
+    return [float(np.log10(power[(radius <= 1 / short) & (radius > 1 / long)].mean())) for short, long in bands]
+
+
+def measure(out: Path, name: str, size: int) -> dict[str, np.ndarray]:
+    """Of every picture: its patches, detail, octaves, and seam ratios with their weights."""
+    found: dict[str, list] = dict(patches=[], detail=[], octaves=[], seams=[], weights=[])
+    for prompt in PROMPTS:
+        for seed in range(SEEDS[size]):
+            picture = load_picture(file_of(out, name, size, prompt, seed))
+            found["patches"].append(patches(picture, judge(out, prompt)))
+            found["detail"].append(gradient_energy(picture))
+            found["octaves"].append(octaves(picture))
+            for axis in (0, 1):
+                if len(borders := window_borders(size * SIDE, SIDE)):
+                    found["seams"].append(seam_ratio(picture, borders, axis))
+                    found["weights"].append(1 / seam_scatter(picture, borders, axis))
+    return {key: np.array(values) for key, values in found.items()}
+
+
+def bracket(values, weights=None, digits: int = 2) -> str:
+    low, high = bootstrap(values, weights)
+    return f"{np.average(values, weights=weights):.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+
+
+def table(out: Path, sizes: dict[int, list[str]]) -> list[str]:
+    """Lines of markdown: a table for each size, of the methods whose pictures are all there."""
+    native = measure(out, "native", 1)
+    lines = [f"Native pictures: {bracket(native['patches'])} patches."]
+    for size, names in sizes.items():
+        shift = measure(out, "shift", size)
+        lines += ["", f"{size} x {size} windows, {len(shift['patches'])} pictures:", ""]
+        waves = " | ".join(f"{short} to {long} px" for short, long in zip((2, *OCTAVES), OCTAVES))
+        lines.append(f"| method | evaluations | patches | detail | seams | {waves} |")
+        lines.append("|---" * (5 + len(OCTAVES)) + "|")
+        for name in names:
+            if not file_of(out, name, size, PROMPTS[-1], SEEDS[size] - 1).exists():
+                continue
+            found = measure(out, name, size)
+            detail = found["detail"].mean() / shift["detail"].mean()
+            bands = " | ".join(f"{10**d:.2f}" for d in (found["octaves"] - shift["octaves"]).mean(0))
+            seams = bracket(found["seams"], found["weights"])
+            row = f"{cost(name, size):.2f} | {bracket(found['patches'])} | {detail:.3f} | {seams} | {bands}"
+            lines.append(f"| {name} | {row} |")
+    return lines
+
+
+def sheet(out: Path, path: Path, names=("none", "shift", "coarse"), height: int = 192) -> None:
+    """A row for each method and size, a column for each prompt."""
+    rows = []
+    for size in (2, 3):
+        for name in names:
+            files = [file_of(out, name, size, prompt, 0) for prompt in PROMPTS]
+            shown = [
+                Image.open(file).convert("RGB").resize((height, height), Image.Resampling.LANCZOS) for file in files
+            ]
+            rows.append(
+                np.concatenate([np.pad(x, ((0, 3), (0, 3), (0, 0)), constant_values=255) for x in shown], axis=1)
+            )
+    with whole_file(path, overwrite=True) as part:
+        Image.fromarray(np.concatenate(rows)).save(part, format="JPEG", quality=88)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--only", nargs="+", choices=METHODS, help="methods to paint; by default all")
+    parser.add_argument("--size", type=int, nargs="+", choices=SIZES, default=list(SIZES), help="windows a side")
+    parser.add_argument("--seeds", type=int, help="of every prompt; fewer than the table needs are left out of it")
+    parser.add_argument("--table", type=Path)
+    parser.add_argument("--sheet", type=Path)
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
+    for prompt in PROMPTS:
+        paint(options.out, "native", 1, prompt, range(SEEDS[1]))
+    for size in options.size:
+        for name in SIZES[size]:
+            for prompt in PROMPTS if options.only is None or name in options.only else ():
+                paint(options.out, name, size, prompt, range(options.seeds or SEEDS[size]))
+    lines = table(options.out, {size: SIZES[size] for size in options.size})
+    print(*lines, sep="\n")
+    if options.table:
+        options.table.write_text("\n".join(lines) + "\n")
+    if options.sheet:
+        sheet(options.out, options.sheet)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,327 @@
+"""A start on a smaller canvas, where few windows see the whole: one scene in place of many, for fewer evaluations.
+
+The smaller canvas is denoised in few steps. Its clean latents are carried up to the larger one: they become the low
+frequencies of its spectrum, the frequencies above get random detail, and noise over all is that of a timestep from
+which the larger canvas goes on.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from instantas.checks import real
+from instantas.sampling import bridging
+from instantas.sampling.noise import levels
+from instantas.windows import WindowPlan
+
+BINS = 16  # of frequency, in which the power of detail is measured
+
+
+@dataclass(frozen=True)
+class CoarseStart:
+    """Begin on a smaller canvas of the same proportions.
+
+    The smallest has the native window's length on the axis along which the canvas has fewer windows, so that one window
+    or a row of them sees the whole. A canvas of a single row or column of windows has no smaller one, and starts as
+    ever. With z_0 (n x n) the clean latents that a run of few steps ends with there, C_n the orthonormal DCT-II (real
+    Fourier basis where the axis wraps), and s = N / n the enlargement of an axis,
+
+        x_0 = C_N^T [ s C_n z_0 C_n^T  in the corner of low frequencies, d elsewhere ] C_N
+
+    goes on with the noise of a later timestep. d is Gaussian, with the power that z_0 itself has at the same frequency
+    in cycles per cell: a cell is as large on both canvases. Without it the network finds frequencies that the noise
+    does not cover empty, and leaves them so: the picture is soft.
+
+    Attributes:
+        sigma: noise / signal at which the larger canvas goes on, at the timestep whose level is nearest. The lower, the
+            fewer evaluations are left, and the more of the smaller canvas's detail stays, enlarged.
+        steps: part of the scheduler's steps that a run on a smaller canvas takes, above 0, at most 1.
+        scale: how many times as long a side becomes at once, more than 1; larger canvases take several stages.
+    """
+
+    sigma: float = 1.5
+    steps: float = 0.4
+    scale: float = 3.0
+
+    def __post_init__(self):
+        real("sigma", self.sigma, 0, above=True)
+        real("steps", self.steps, 0, 1, above=True)
+        real("scale", self.scale, 1, 1e9, above=True)
+
+    def sizes(self, plan: WindowPlan) -> list[tuple[int, int]]:
+        """(rows, columns) of the smaller canvases, the smallest first; none where there are no smaller ones."""
+        lengths = plan.height, plan.width
+        ratio = min(length / window for length, window in zip(lengths, plan.window))
+        if ratio <= 1:
+            return []
+        stages = math.ceil(math.log(ratio) / math.log(self.scale) - 1e-9)
+        factors = [ratio ** (i / stages - 1) for i in range(stages)]
+        return [(round(plan.height * factor), round(plan.width * factor)) for factor in factors]
+
+
+STARTS: dict[str, CoarseStart | None] = {"none": None, "coarse": CoarseStart()}
+
+
+def start_of(name: str | CoarseStart | None) -> CoarseStart | None:
+    """The start of a name, one of `STARTS`; an object or None is returned as it is.
+
+    Raises:
+        ValueError: for an unknown name.
+        TypeError: for anything else.
+    """
+    if isinstance(name, str):
+        if name not in STARTS:
+            raise ValueError(f"start: expected one of {', '.join(STARTS)}, got {name!r}")
+        return STARTS[name]
+    if name is not None and not isinstance(name, CoarseStart):
+        raise TypeError(f"start: expected a name or a CoarseStart, got {type(name).__name__}")
+    return name
+
+
+class Leg(NamedTuple):
+    """A run on one canvas.
+
+    Attributes:
+        plan: its windows.
+        scheduler: with its timesteps set.
+        begin: number of the timestep at which it begins; None: with noise, at the first.
+        end: after how many of the scheduler's timesteps it ends; None: all.
+    """
+
+    plan: WindowPlan
+    scheduler: Any
+    begin: int | None = None
+    end: int | None = None
+
+    @property
+    def steps(self) -> int:
+        """Timesteps of which the network is evaluated."""
+        return (len(self.scheduler.timesteps) if self.end is None else self.end) - (self.begin or 0)
+
+
+def legs(start: CoarseStart | None, plan: WindowPlan, scheduler: Any, end: int | None = None) -> list[Leg]:
+    """The runs of a start, the last one on the plan's own canvas; that one alone without smaller canvases.
+
+    Args:
+        scheduler: with its timesteps set; smaller canvases have copies of it.
+        end: after how many of them the last run ends; None: all.
+
+    Raises:
+        ValueError: for a scheduler whose noise levels are not known, for a plan of more than the fewest windows, and
+            for an end before the last run begins.
+    """
+    sizes = [] if start is None else start.sizes(plan)
+    if start is None or not sizes:
+        return [Leg(plan, scheduler, None, end)]
+    if plan.count != plan.lower_bound:
+        raise ValueError(f"start: expected a plan of the fewest windows, {plan.lower_bound}, got {plan.count}")
+    few, found = _few_steps(scheduler, start.steps), list[Leg]()
+    for size in sizes:
+        small = WindowPlan.minimum_coverage(*size, plan.window, wrap=plan.wrap)
+        found.append(Leg(small, copy.deepcopy(few), _begin(few, start.sigma) if found else None))
+    last = Leg(plan, scheduler, _begin(scheduler, start.sigma), end)
+    if last.steps < 1:
+        raise ValueError(f"start: expected to go on before the run's end, after {end} timesteps, got {last.begin}")
+    return [*found, last]
+
+
+def evaluations(bridge: str | bridging.Bridge | None, runs: list[Leg], first: int | None = None, **settings) -> int:
+    """Windows evaluated in all runs of `legs`, for one picture and one branch of guidance: `bridging.evaluations`.
+
+    first: those until so many steps of the last run are done; None: all.
+    settings: of that run, as `bridging.evaluations` takes them.
+    """
+    *before, last = runs
+    smaller = sum(bridging.evaluations(bridge, leg.plan, leg.steps) for leg in before)
+    return smaller + bridging.evaluations(bridge, last.plan, last.steps, first, **settings)
+
+
+def begun(
+    sample: Callable, latents: torch.Tensor, runs: list[Leg], guidance_scale: Any, callback: Callable | None, **settings
+) -> torch.Tensor:
+    """What the last leg begins with, (B, C, H, W) with its timestep's noise: runs the legs before it.
+
+    Args:
+        sample: `sampler.sample`, of everything but what is said here.
+        latents: (B, C, H, W) standard normal noise of the last leg's canvas. The smallest begins with its low
+            frequencies; detail and noise of larger ones are drawn from the generator.
+        settings: of `sample`, `generator` among them.
+
+    Raises:
+        Interrupted: where the callback ended the run.
+    """
+    before = runs[0]
+    size = before.plan.height, before.plan.width
+    x = carry(latents, size, before.plan.wrap)
+    for number, (leg, after) in enumerate(zip(runs, runs[1:])):
+        wider = after.plan.height, after.plan.width
+        clean = sample(
+            latents=x,
+            plan=leg.plan,
+            scheduler=leg.scheduler,
+            begin=leg.begin,
+            weight=leg.plan.weight("linear").to(x.device) if leg.plan.overlap else None,
+            guidance_scale=_fitted(guidance_scale, leg.plan),
+            callback=_told(callback, sum(run.steps for run in runs[:number]), latents.shape[2:], leg.plan.wrap),
+            **settings,
+        )
+        x = with_detail(clean, wider, after.plan.wrap, settings["generator"])
+        x = noised(after.scheduler, x, normal(x, settings["generator"]), after.begin or 0)
+    return x
+
+
+class Interrupted(Exception):
+    """The callback ended a run on a smaller canvas; latents: what it ended with, carried to the last canvas."""
+
+    def __init__(self, latents: torch.Tensor):
+        self.latents = latents
+
+
+def counted_from(callback: Callable | None, before: int) -> Callable | None:
+    """The callback of `sampler.sample`, told of so many more steps."""
+    if callback is None or not before:
+        return callback
+
+    @functools.wraps(callback)
+    def told(step, timestep, latents, **more):
+        return callback(step + before, timestep, latents, **more)
+
+    return told
+
+
+def noised(scheduler: Any, clean: torch.Tensor, noise: torch.Tensor, begin: int) -> torch.Tensor:
+    """The clean sample with the noise of a scheduler's timestep, given by number."""
+    timestep, scheduler = scheduler.timesteps[begin : begin + 1].to(clean.device), copy.deepcopy(scheduler)
+    if hasattr(scheduler, "scale_noise"):  # of flow matching
+        return scheduler.scale_noise(clean, timestep, noise)
+    return scheduler.add_noise(clean, noise, timestep)
+
+
+def normal(like: torch.Tensor, generator: torch.Generator | list[torch.Generator] | None) -> torch.Tensor:
+    """Standard normal numbers of a tensor's shape, drawn where the generator is; a list draws picture by picture."""
+    if isinstance(generator, list):
+        return torch.cat([normal(one, each) for one, each in zip(like.split(1), generator)])
+    device = like.device if generator is None else generator.device
+    return torch.randn(like.shape, generator=generator, device=device, dtype=like.dtype).to(like.device)
+
+
+def carry(x: torch.Tensor, size: tuple[int, int], wrap: tuple[bool, bool]) -> torch.Tensor:
+    """(..., H, W) -> (..., *size): the frequencies that both sizes have, in orthonormal bases.
+
+    White noise carried down is white noise; carried up it is white in the corner of its frequencies, and 0 elsewhere.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    rows, columns = (
+        (basis(new, wraps)[:old].T @ basis(old, wraps)[:new]).to(x.device, wide)
+        for new, old, wraps in zip(size, x.shape[-2:], wrap)
+    )
+    return (rows @ x.to(wide) @ columns.T).to(x.dtype)
+
+
+def with_detail(
+    clean: torch.Tensor,
+    size: tuple[int, int],
+    wrap: tuple[bool, bool],
+    generator: torch.Generator | list[torch.Generator] | None = None,
+) -> torch.Tensor:
+    """(B, C, H, W) -> (B, C, *size): clean latents enlarged, with random detail above their frequencies.
+
+    The power of detail is what each picture and channel has itself at that distance from frequency 0, in `BINS` bins.
+    """
+    (height, width), device = clean.shape[-2:], clean.device
+    wide = torch.promote_types(clean.dtype, torch.float32)
+    bases = [basis(side, wraps).to(device, wide) for side, wraps in zip((height, width), wrap)]
+    wider = [basis(side, wraps).to(device, wide) for side, wraps in zip(size, wrap)]
+    spectrum = bases[0] @ clean.to(wide) @ bases[1].T
+    own, others = (_radius(each, wrap).to(device) for each in ((height, width), size))
+    bins, wanted = ((radius * (BINS / own.max())).long().clamp(max=BINS - 1) for radius in (own, others))
+    members = F.one_hot(bins.flatten(), BINS).to(wide)
+    power = (spectrum.square().flatten(2) @ members / members.sum(0).clamp(min=1))[..., wanted]
+    larger = normal(power, generator) * power.sqrt()
+    larger[..., :height, :width] = spectrum * math.sqrt(size[0] * size[1] / (height * width))
+    return (wider[0].T @ larger @ wider[1]).to(clean.dtype)
+
+
+def basis(length: int, wraps: bool) -> torch.Tensor:
+    """(length, length) float64, orthonormal rows of rising frequency: the DCT-II, or on a circle sines and cosines."""
+    place = (torch.arange(length, dtype=torch.float64) + 0.5) / length
+    number = torch.arange(length, dtype=torch.float64)[:, None]
+    if wraps:
+        turns = 2 * math.pi * torch.ceil(number / 2) * place
+        rows = torch.where(number % 2 == 1, turns.cos(), turns.sin())
+        rows[-1] = turns[-1].sin() if length % 2 == 0 else rows[-1]  # cos is 0 at half a cycle a cell
+    else:
+        rows = torch.cos(math.pi * number * place)
+    rows[0] = 1
+    return rows / rows.norm(dim=1, keepdim=True)
+
+
+def _radius(size, wrap):
+    """(H, W): distance of each number of a spectrum from frequency 0, in cycles per cell."""
+    frequency = [
+        torch.ceil(torch.arange(length) / 2) / length if wraps else torch.arange(length) / (2 * length)
+        for length, wraps in zip(size, wrap)
+    ]
+    return torch.hypot(frequency[0][:, None], frequency[1][None])
+
+
+def _few_steps(scheduler, share):
+    """A copy of the scheduler with part of its steps."""
+    few = copy.deepcopy(scheduler)
+    number = getattr(scheduler, "num_inference_steps", None) or len(scheduler.timesteps)
+    try:
+        few.set_timesteps(max(1, round(share * number)), device=scheduler.timesteps.device)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"start: expected a scheduler whose set_timesteps takes a number of steps alone, for the smaller canvas, "
+            f"got {type(scheduler).__name__} ({error})"
+        ) from error
+    return few
+
+
+def _begin(scheduler, sigma):
+    """Number of the timestep whose noise / signal is nearest, at which a step begins."""
+    known, add = levels(scheduler), getattr(scheduler, "scale_noise", getattr(scheduler, "add_noise", None))
+    if known is None or add is None:
+        raise ValueError(
+            f"start: expected a scheduler whose noise levels are known (alphas_cumprod or flow sigmas), and that adds "
+            f"noise, got {type(scheduler).__name__}"
+        )
+    order = getattr(scheduler, "order", 1)
+    distance = [abs(math.log(max(each.noise, 1e-6) / max(each.signal, 1e-6) / sigma)) for each in known[::order]]
+    return order * distance.index(min(distance))
+
+
+def _fitted(guidance, plan):
+    """The guidance scale, where it is a map of the larger canvas one of the plan's."""
+    if callable(guidance):
+        return lambda context: _fitted(guidance(context), plan)
+    if isinstance(guidance, torch.Tensor) and guidance.dim() == 2:
+        return F.adaptive_avg_pool2d(guidance[None], (plan.height, plan.width))[0]
+    return guidance
+
+
+def _told(callback, before, size, wrap):
+    """The callback on a smaller canvas: what ends the run is carried to the size of the last."""
+    if callback is None:
+        return None
+    counted = counted_from(callback, before)
+
+    @functools.wraps(callback)
+    def told(step, timestep, latents, **more):
+        try:
+            return counted(step, timestep, latents, **more)
+        except StopIteration as stop:
+            given = latents if stop.value is None else stop.value
+            enlarged = math.sqrt(size[0] * size[1] / (given.shape[-2] * given.shape[-1]))
+            raise Interrupted(carry(given, size, wrap) * enlarged) from None
+
+    return told
