@@ -96,11 +96,12 @@ def _window_cases(name, dtype, plan):
 def _attention_case(dtype, depth, joint):
     query, bank = torch.zeros(2, 256, 8, depth, dtype=dtype), torch.zeros(4, 77, 8, depth, dtype=dtype)
     ids, weights = torch.zeros(2, 4, dtype=torch.int32), torch.ones(2, 4, 256)
-    order = torch.arange(256, dtype=torch.int32).repeat(2, 1)
+    order, lengths = torch.arange(256, dtype=torch.int32).repeat(2, 1), torch.full((4,), 77, dtype=torch.int32)
+    how = joint, depth**-0.5, order, lengths
 
     def call():
-        attention.regional_attention(query, bank, bank, ids, weights, joint, depth**-0.5, order)
-        attention.regional_attention_backward(query, query, bank, bank, ids, weights, joint, depth**-0.5, order)
+        attention.regional_attention(query, bank, bank, ids, weights, *how)
+        attention.regional_attention_backward(query, query, bank, bank, ids, weights, *how)
 
     return call
 

@@ -31,6 +31,14 @@ def visited_rows(order, image, place, n):
 
 
 @triton.jit
+def tokens_of(lengths, prompt, L):
+    """How many tokens of a prompt take part."""
+    if lengths is None:
+        return L
+    return tl.minimum(tl.maximum(tl.load(lengths + prompt), 1), L)
+
+
+@triton.jit
 def load_rows(pointers, inside, first, D: tl.constexpr, WIDTH: tl.constexpr, OPERAND: tl.constexpr):
     """Elements first .. first + WIDTH of the rows that begin at `pointers`: zeros past D and for rows not inside."""
     d = first + tl.arange(0, WIDTH)
