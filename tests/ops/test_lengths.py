@@ -76,6 +76,16 @@ def test_prompts_longer_than_a_kernel_takes_at_once(backend, mode):
     judge(backend, partial(attend, mode=mode, lengths=lengths), inputs(depth=64, longest=170), torch.float16)
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_many_queries_of_a_prompt(mode):
+    """As many as the host build hands to flash attention."""
+    if "cpp" not in BACKENDS:
+        pytest.skip("the host's library is not built")
+    bank, ids = attention_inputs(1, 1200, 1, 16, len(LENGTHS), LONGEST, 1)[:3], torch.tensor([[3, 0]])
+    weights = torch.stack([torch.arange(1200) < 900, torch.arange(1200) >= 700])[None].float()
+    judge("cpp", partial(attend, mode=mode), [*bank, ids, weights], torch.bfloat16)
+
+
 @pytest.mark.parametrize("mode, dtype", [("blend", torch.float16), ("joint", torch.float32)], ids=str)
 def test_what_lies_beyond_is_not_looked_at(backend, mode, dtype):
     """Bit for bit, also where it is NaN or infinite; it has no gradient."""
