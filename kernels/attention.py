@@ -126,7 +126,7 @@ def regional_attention(query, key, value, prompt_ids, weights, joint, scale, ord
         return query.new_zeros(query.shape)
     (query, key, value), align, strides = packed_rows([query, key, value])
     shape = head_shape(query, slots)
-    launch = launch_options(shape["DEPTH"], query.dtype, backward=False)
+    launch = launch_options(shape["DEPTH"], query.dtype, backward=False, lengths=lengths is not None)
     grid = (b * heads * triton.cdiv(n, launch["TILE"]),)
     with torch.cuda.device_of(query):
         _attention_kernel[grid](
