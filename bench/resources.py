@@ -57,6 +57,10 @@ def cases(full: bool = True) -> Iterator[tuple[str, Callable[[], object]]]:
     for name, depth in ATTENTION if full else ATTENTION[:3]:
         for mode in ("blend", "joint"):
             yield f"{name} D={depth} {mode}", _attention_case(DTYPES[name], depth, mode == "joint")
+    for mode in ("blend", "joint"):  # what is not given must compile too, and has a launch of its own
+        for ordered in (True, False):
+            case = _attention_case(torch.bfloat16, 64, mode == "joint", ordered, lengths=False)
+            yield f"bf16 D=64 {mode}, {'ordered' if ordered else 'raster order'}, whole prompts", case
 
 
 # the largest layers of SD 2.0 and 1.5, and the largest head size, in a test; all in the table
@@ -93,14 +97,16 @@ def _window_cases(name, dtype, plan):
     yield f"{name} k=3 map, latest", guided(3, inputs, map_, 2)
 
 
-def _attention_case(dtype, depth, joint):
+def _attention_case(dtype, depth, joint, ordered=True, lengths=True):
     query, bank = torch.zeros(2, 256, 8, depth, dtype=dtype), torch.zeros(4, 77, 8, depth, dtype=dtype)
     ids, weights = torch.zeros(2, 4, dtype=torch.int32), torch.ones(2, 4, 256)
-    order = torch.arange(256, dtype=torch.int32).repeat(2, 1)
+    order = torch.arange(256, dtype=torch.int32).repeat(2, 1) if ordered else None
+    how = joint, depth**-0.5, order, torch.full((4,), 77, dtype=torch.int32) if lengths else None
 
     def call():
-        attention.regional_attention(query, bank, bank, ids, weights, joint, depth**-0.5, order)
-        attention.regional_attention_backward(query, query, bank, bank, ids, weights, joint, depth**-0.5, order)
+        attention.regional_attention(query, bank, bank, ids, weights, *how)
+        if lengths or not ordered:
+            attention.regional_attention_backward(query, query, bank, bank, ids, weights, *how)
 
     return call
 

@@ -15,18 +15,20 @@ constexpr double LOG2_E = 1.4426950408889634;
 // What both passes make of their arguments: inputs that are contiguous.
 struct AttentionCall {
   Tensor query, key, value, prompt_ids, weights;
-  OptionalTensor order;
+  OptionalTensor order, lengths;
   bool joint;
   double scale;
 
   AttentionCall(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& prompt_ids,
-                const Tensor& weights, bool joint, double scale, const OptionalTensor& order)
+                const Tensor& weights, bool joint, double scale, const OptionalTensor& order,
+                const OptionalTensor& lengths)
       : query(packed(query)),
         key(packed(key)),
         value(packed(value)),
         prompt_ids(packed(prompt_ids)),
         weights(*packed_arithmetic(weights, query)),
         order(order ? OptionalTensor(packed(*order)) : std::nullopt),
+        lengths(lengths ? OptionalTensor(packed(*lengths)) : std::nullopt),
         joint(joint),
         scale(scale) {}
 
@@ -42,6 +44,7 @@ struct AttentionCall {
             data<int32_t>(prompt_ids),
             data<float>(weights),
             data<int32_t>(order),
+            data<int32_t>(lengths),
             static_cast<int>(query.size(1)),
             static_cast<int>(query.size(2)),
             static_cast<int>(query.size(3)),
@@ -86,9 +89,9 @@ void forward(const Attention<T>& attention, const Tensor& query, const Stream& s
 }  // namespace
 
 Tensor regional_attention(Tensor query, Tensor key, Tensor value, Tensor prompt_ids, Tensor weights, bool joint,
-                          double scale, OptionalTensor order) {
+                          double scale, OptionalTensor order, OptionalTensor lengths) {
   const Stream stream(query);
-  const AttentionCall call(query, key, value, prompt_ids, weights, joint, scale, order);
+  const AttentionCall call(query, key, value, prompt_ids, weights, joint, scale, order, lengths);
   Tensor out = torch::stable::new_empty(query, query.sizes());
   if (query.numel() == 0) return out;
   with_device_element(query, [&](auto element) {
@@ -100,11 +103,12 @@ Tensor regional_attention(Tensor query, Tensor key, Tensor value, Tensor prompt_
 
 std::tuple<Tensor, Tensor, Tensor> regional_attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value,
                                                                Tensor prompt_ids, Tensor weights, bool joint,
-                                                               double scale, OptionalTensor order) {
+                                                               double scale, OptionalTensor order,
+                                                               OptionalTensor lengths) {
   constexpr int64_t QUERIES_OF_SPLIT = 2048, MOST_SPLITS = 32, THREADS = 256;
   const Stream stream(query);
   grad = packed(grad);
-  const AttentionCall call(query, key, value, prompt_ids, weights, joint, scale, order);
+  const AttentionCall call(query, key, value, prompt_ids, weights, joint, scale, order, lengths);
   const int64_t images = query.size(0), queries = query.size(1), heads = query.size(2), slots = prompt_ids.size(1);
   const int64_t prompts = key.size(0), tokens = key.size(1), bank = key.numel();
   const int64_t splits = std::min(MOST_SPLITS, (images * queries + QUERIES_OF_SPLIT - 1) / QUERIES_OF_SPLIT);

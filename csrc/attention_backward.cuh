@@ -47,15 +47,16 @@ __global__ void __launch_bounds__(FMA_THREADS) grad_query_kernel(Attention<T> at
     const bool warp_active = active.template among<ROWS>(slot, tile.warp_row);
     float share[ROWS];
     tile.find_shares(share, active, slot);
-    for (int start = 0; start < attention.tokens; start += FMA_TOKENS) {
-      tile.stage_tokens(attention.prompt(tile.image, slot), start);
+    const int prompt = attention.prompt(tile.image, slot), tokens = attention.length(prompt);
+    for (int start = 0; start < tokens; start += FMA_TOKENS) {
+      tile.stage_tokens(prompt, start, tokens - start);
       if (!warp_active) continue;
       float logit_grads[ROWS], grad_dots[ROWS];
       tile.find_key_dots(logit_grads);
       find_dots(grad_dots, grads + tile.warp_row * attention.depth, tile.values + lane * tile.pitch, attention.depth);
 #pragma unroll
       for (int r = 0; r < ROWS; ++r) {
-        const bool counts = tile.counts(start, share[r]);
+        const bool counts = tile.counts(tokens - start, share[r]);
         if (final) {
           const float exponential = exp2f(fmaf(logit_grads[r], attention.scale_base2, -softmax[r].largest));
           const float probability = counts ? share[r] / softmax[r].sum * exponential : 0.0f;
@@ -67,7 +68,7 @@ __global__ void __launch_bounds__(FMA_THREADS) grad_query_kernel(Attention<T> at
           mean[r] = mean[r] * factor + warp_sum(term * grad_dots[r]);
         }
       }
-      if (final) add_rows(result, logit_grads, tile.keys, attention.tokens - start, tile.pitch, attention.depth);
+      if (final) add_rows(result, logit_grads, tile.keys, tokens - start, tile.pitch, attention.depth);
     }
     if (!final || !warp_active) return;
 #pragma unroll
@@ -132,7 +133,8 @@ __global__ void __launch_bounds__(BANK_THREADS) grad_key_value_kernel(Attention<
   const int head = blockIdx.x / backward.splits / blocks % attention.heads;
   const int prompt = blockIdx.x / backward.splits / blocks / attention.heads;
   const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-  const int depth = attention.depth, pitch = pitch_of(depth), count = attention.tokens - start;
+  const int depth = attention.depth, pitch = pitch_of(depth);
+  const int count = attention.tokens - start, present = attention.length(prompt) - start;  // of the block's tokens
   const int64_t stride = int64_t{attention.heads} * depth, offset = attention.key_offset(prompt, start, head);
 
   float* const queries = reinterpret_cast<float*>(shared_memory());
@@ -141,8 +143,8 @@ __global__ void __launch_bounds__(BANK_THREADS) grad_key_value_kernel(Attention<
   float* const values = keys + FMA_TOKENS * pitch;
   float* const probabilities = values + FMA_TOKENS * pitch;
   float* const logit_grads = probabilities + BANK_ROWS * BANK_PITCH;
-  stage_tokens(keys, pitch, attention.key + offset, count, stride, depth);
-  stage_tokens(values, pitch, attention.value + offset, count, stride, depth);
+  stage_tokens(keys, pitch, attention.key + offset, present, stride, depth);
+  stage_tokens(values, pitch, attention.value + offset, present, stride, depth);
 
   float of_keys[BANK_TOKENS][FMA_CHUNKS] = {}, of_values[BANK_TOKENS][FMA_CHUNKS] = {};
   float new_keys[BANK_TOKENS][FMA_CHUNKS] = {}, new_values[BANK_TOKENS][FMA_CHUNKS] = {};
@@ -166,7 +168,7 @@ __global__ void __launch_bounds__(BANK_THREADS) grad_key_value_kernel(Attention<
       float dot[1], grad_dots[1], probability = 0.0f, logit_grad = 0.0f;
       find_dots(dot, queries + warp * depth, keys + lane * pitch, depth);
       find_dots(grad_dots, grads + warp * depth, values + lane * pitch, depth);
-      if (lane < count && weighted) {
+      if (lane < present && weighted) {
         const RowStatistics row = backward.statistics_of(attention, image, slot, head, number);
         if (row.factor != 0.0f) {  // a weight may be too small to count
           probability = row.factor * exp2f(fmaf(dot[0], attention.scale_base2, -row.largest));

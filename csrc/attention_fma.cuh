@@ -148,9 +148,8 @@ struct FmaTile {
 
   __device__ __forceinline__ float* end() const { return values + FMA_TOKENS * pitch; }
 
-  __device__ __forceinline__ void stage_tokens(int prompt, int start) const {
+  __device__ __forceinline__ void stage_tokens(int prompt, int start, int count) const {
     const int64_t offset = attention.key_offset(prompt, start, head);
-    const int count = attention.tokens - start;
     sync_block();
     instantas::stage_tokens(keys, pitch, attention.key + offset, count, stride, attention.depth);
     instantas::stage_tokens(values, pitch, attention.value + offset, count, stride, attention.depth);
@@ -162,9 +161,9 @@ struct FmaTile {
     find_dots(dots, queries + warp_row * attention.depth, keys + threadIdx.x % WARP * pitch, attention.depth);
   }
 
-  // Whether the lane's token is one, and the row has a share in its prompt.
-  __device__ __forceinline__ bool counts(int start, float share) const {
-    return start + static_cast<int>(threadIdx.x % WARP) < attention.tokens && share > 0.0f;
+  // Whether the lane's token is one of `count`, and the row has a share in its prompt.
+  __device__ __forceinline__ bool counts(int count, float share) const {
+    return static_cast<int>(threadIdx.x % WARP) < count && share > 0.0f;
   }
 
   template <class Active>
@@ -210,8 +209,9 @@ __global__ void __launch_bounds__(FMA_THREADS) attention_fma_kernel(Attention<fl
     const bool warp_active = active.template among<ROWS>(slot, tile.warp_row);
     float share[ROWS];
     tile.find_shares(share, active, slot);
-    for (int start = 0; start < attention.tokens; start += FMA_TOKENS) {
-      tile.stage_tokens(attention.prompt(tile.image, slot), start);
+    const int prompt = attention.prompt(tile.image, slot), tokens = attention.length(prompt);
+    for (int start = 0; start < tokens; start += FMA_TOKENS) {
+      tile.stage_tokens(prompt, start, tokens - start);
       if (!warp_active) continue;
       float terms[ROWS];
       tile.find_key_dots(terms);
@@ -219,11 +219,11 @@ __global__ void __launch_bounds__(FMA_THREADS) attention_fma_kernel(Attention<fl
       for (int r = 0; r < ROWS; ++r) {
         float factor;
         const float weight = attention.joint ? share[r] : 1.0f;
-        terms[r] = softmax[r].add(terms[r], tile.counts(start, share[r]), attention.scale_base2, weight, factor);
+        terms[r] = softmax[r].add(terms[r], tile.counts(tokens - start, share[r]), attention.scale_base2, weight, factor);
 #pragma unroll
         for (int chunk = 0; chunk < FMA_CHUNKS; ++chunk) mixed[r][chunk] *= factor;
       }
-      add_rows(mixed, terms, tile.values, attention.tokens - start, tile.pitch, attention.depth);
+      add_rows(mixed, terms, tile.values, tokens - start, tile.pitch, attention.depth);
     }
     if (attention.joint || !warp_active) continue;
 #pragma unroll

@@ -15,6 +15,7 @@ struct Attention {
   const int32_t* prompt_ids;  // (B, R); an id outside 0 .. P - 1 is an unused slot
   const float* weights;       // (B, R, N)
   const int32_t* order;       // (B, N), the queries' numbers as they are visited; null: one after the other
+  const int32_t* lengths;     // (P,), the tokens of each prompt that take part; null: all
   int queries, heads, depth, prompts, tokens, slots;
   float scale;        // of the logits
   float scale_base2;  // of the logits in base 2
@@ -37,6 +38,11 @@ struct Attention {
   __device__ __forceinline__ int prompt(int64_t image, int slot) const {
     const int id = prompt_ids[image * slots + slot];
     return id < prompts ? id : -1;
+  }
+  // How many of a prompt's tokens take part.
+  __device__ __forceinline__ int length(int prompt) const {
+    const int length = lengths ? lengths[prompt] : tokens;
+    return length < 1 ? 1 : length < tokens ? length : tokens;
   }
   __device__ __forceinline__ float weight(int64_t image, int slot, int row) const {
     return row < queries ? weights[(image * slots + slot) * queries + row] : 0.0f;

@@ -156,10 +156,11 @@ std::tuple<Tensor, Tensor, Tensor> guided_step(Tensor cond, OptionalTensor uncon
                                                Tensor origins, Tensor cover_start, Tensor cover_index,
                                                Geometry geometry);
 Tensor regional_attention(Tensor query, Tensor key, Tensor value, Tensor prompt_ids, Tensor weights, bool joint,
-                          double scale, OptionalTensor order);
+                          double scale, OptionalTensor order, OptionalTensor lengths);
 std::tuple<Tensor, Tensor, Tensor> regional_attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value,
                                                                Tensor prompt_ids, Tensor weights, bool joint,
-                                                               double scale, OptionalTensor order);
+                                                               double scale, OptionalTensor order,
+                                                               OptionalTensor lengths);
 Tensor take_rows(Tensor source, Tensor rows);
 void put_rows(Tensor target, Tensor rows, Tensor values);
 

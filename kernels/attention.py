@@ -22,6 +22,7 @@ from .attention_tiles import (
     slot_weights,
     softmax_block,
     store_rows,
+    tokens_of,
     weight_norms,
 )
 from .tiles import exact_dtype, range
@@ -37,6 +38,7 @@ def _attention_kernel(
     prompt_ids,
     weights,
     order,
+    lengths,
     out,
     prompts,
     slots,
@@ -93,14 +95,16 @@ def _attention_kernel(
                 mixed = tl.zeros([TILE, DEPTH], tl.float32)
                 peak = tl.full([TILE], float("-inf"), tl.float32)
                 mass = tl.zeros([TILE], tl.float32)
-            for start in range(0, L, TOKENS):
+            tokens = tokens_of(lengths, prompt, L)
+            for start in range(0, tokens, TOKENS):
                 token = start + tl.arange(0, TOKENS)
                 k_rows = key + (prompt * stride_kp + token.to(tl.int64) * stride_kl) * ALIGN
                 v_rows = value + (prompt * stride_vp + token.to(tl.int64) * stride_vl) * ALIGN
-                k = load_rows(k_rows, token < L, 0, D, DEPTH, OPERAND)
-                v = load_rows(v_rows, token < L, 0, D, DEPTH, OPERAND)
-                dots = dot_rows(q, k, q_rows, row < n, k_rows, token < L, size, D, CHUNK, OPERAND)
-                peak, factor, p = softmax_block(scale_logits(dots, token < L, share, scale, JOINT), share, peak, JOINT)
+                k = load_rows(k_rows, token < tokens, 0, D, DEPTH, OPERAND)
+                v = load_rows(v_rows, token < tokens, 0, D, DEPTH, OPERAND)
+                dots = dot_rows(q, k, q_rows, row < n, k_rows, token < tokens, size, D, CHUNK, OPERAND)
+                s = scale_logits(dots, token < tokens, share, scale, JOINT)
+                peak, factor, p = softmax_block(s, share, peak, JOINT)
                 mass = mass * factor + tl.sum(p, axis=1)
                 mixed = add_product(mixed * factor[:, None], p, v, OPERAND)
             if JOINT:
@@ -112,7 +116,7 @@ def _attention_kernel(
     store_rows(out, result, b, row, head, n, heads, D, DEPTH)
 
 
-def regional_attention(query, key, value, prompt_ids, weights, joint, scale, order=None):
+def regional_attention(query, key, value, prompt_ids, weights, joint, scale, order=None, lengths=None):
     """sum_r w_r softmax(q K_r scale) V_r / sum_r w_r; joint: one softmax over all r, log w_r added to the logits."""
     b, n, heads, d = query.shape
     prompts, length = key.shape[:2]
@@ -122,7 +126,7 @@ def regional_attention(query, key, value, prompt_ids, weights, joint, scale, ord
         return query.new_zeros(query.shape)
     (query, key, value), align, strides = packed_rows([query, key, value])
     shape = head_shape(query, slots)
-    launch = launch_options(shape["DEPTH"], query.dtype, backward=False)
+    launch = launch_options(shape["DEPTH"], query.dtype, backward=False, lengths=lengths is not None)
     grid = (b * heads * triton.cdiv(n, launch["TILE"]),)
     with torch.cuda.device_of(query):
         _attention_kernel[grid](
@@ -131,7 +135,7 @@ def regional_attention(query, key, value, prompt_ids, weights, joint, scale, ord
             value,
             prompt_ids.contiguous(),
             weights,
-            order if order is None else order.contiguous(),
+            *(t if t is None else t.contiguous() for t in (order, lengths)),
             out,
             prompts,
             slots,

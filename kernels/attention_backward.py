@@ -25,6 +25,7 @@ from .attention_tiles import (
     slot_weights,
     softmax_block,
     store_rows,
+    tokens_of,
     visited_rows,
     weight_norms,
 )
@@ -47,7 +48,7 @@ def _add_statistics(
     scale,
     stride_kl,
     stride_vl,
-    L,
+    tokens,
     size,
     D: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -57,16 +58,16 @@ def _add_statistics(
     OPERAND: tl.constexpr,
 ):
     """Adds a prompt to the softmax's peak and mass, and to delta, the sum of its terms times grad . value."""
-    for start in range(0, L, TOKENS):
+    for start in range(0, tokens, TOKENS):
         token = start + tl.arange(0, TOKENS)
         k_rows, v_rows = key + token.to(tl.int64) * stride_kl, value + token.to(tl.int64) * stride_vl
-        k = load_rows(k_rows, token < L, 0, D, DEPTH, OPERAND)
-        v = load_rows(v_rows, token < L, 0, D, DEPTH, OPERAND)
-        dots = dot_rows(q, k, q_rows, inside, k_rows, token < L, size, D, CHUNK, OPERAND)
-        peak, factor, p = softmax_block(scale_logits(dots, token < L, share, scale, JOINT), share, peak, JOINT)
+        k = load_rows(k_rows, token < tokens, 0, D, DEPTH, OPERAND)
+        v = load_rows(v_rows, token < tokens, 0, D, DEPTH, OPERAND)
+        dots = dot_rows(q, k, q_rows, inside, k_rows, token < tokens, size, D, CHUNK, OPERAND)
+        peak, factor, p = softmax_block(scale_logits(dots, token < tokens, share, scale, JOINT), share, peak, JOINT)
         mass = mass * factor + tl.sum(p, axis=1)
         delta *= factor
-        delta += tl.sum(p * dot_rows(g, v, g_rows, inside, v_rows, token < L, size, D, CHUNK, OPERAND), axis=1)
+        delta += tl.sum(p * dot_rows(g, v, g_rows, inside, v_rows, token < tokens, size, D, CHUNK, OPERAND), axis=1)
     return peak, mass, delta
 
 
@@ -90,6 +91,7 @@ def _grad_query_kernel(
     prompt_ids,
     weights,
     order,
+    lengths,
     statistics,
     out,
     prompts,
@@ -157,11 +159,12 @@ def _grad_query_kernel(
             for _ in range(count):
                 current = next_active(active, slot, current, slots)
                 prompt = tl.load(prompt_ids + current).to(tl.int64)
+                tokens = tokens_of(lengths, prompt, L)
                 share = tl.div_rn(slot_weights(weights, current, row, n, stride_wr, stride_wn), norm)
                 k, v = key + prompt * stride_kp * ALIGN, value + prompt * stride_vp * ALIGN
                 peak, mass, delta = _add_statistics(
                     peak, mass, delta, q, g, q_rows, g_rows, row < n, k, v, share, scale_base2, stride_kl, stride_vl,
-                    L, size, D, DEPTH, CHUNK, TOKENS, JOINT, OPERAND,
+                    tokens, size, D, DEPTH, CHUNK, TOKENS, JOINT, OPERAND,
                 )  # fmt: skip
     for first in range(0, slots, SLOTS):
         slot, weight = load_slots(prompt_ids, weights, first, slots, 0, prompts, row, n, stride_wr, stride_wn, SLOTS)
@@ -170,13 +173,14 @@ def _grad_query_kernel(
         for _ in range(count):
             current = next_active(active, slot, current, slots)
             prompt = tl.load(prompt_ids + current).to(tl.int64)
+            tokens = tokens_of(lengths, prompt, L)
             share = tl.div_rn(slot_weights(weights, current, row, n, stride_wr, stride_wn), norm)
             k_prompt, v_prompt = key + prompt * stride_kp * ALIGN, value + prompt * stride_vp * ALIGN
             if not JOINT:
                 peak, mass, delta = _add_statistics(
                     tl.full([TILE], float("-inf"), tl.float32), tl.zeros([TILE], tl.float32),
                     tl.zeros([TILE], tl.float32), q, g, q_rows, g_rows, row < n, k_prompt, v_prompt, share, scale_base2,
-                    stride_kl, stride_vl, L, size, D, DEPTH, CHUNK, TOKENS, JOINT, OPERAND,
+                    stride_kl, stride_vl, tokens, size, D, DEPTH, CHUNK, TOKENS, JOINT, OPERAND,
                 )  # fmt: skip
             anchor = tl.where(mass == 0, 0.0, peak)
             inverse = tl.div_rn(1.0, tl.where(mass == 0, 1.0, mass))
@@ -186,15 +190,15 @@ def _grad_query_kernel(
             tl.store(saved, anchor, row < n)
             tl.store(saved + plane, factor, row < n)
             tl.store(saved + plane + plane, mean, row < n)
-            for start in range(0, L, TOKENS):
+            for start in range(0, tokens, TOKENS):
                 token = start + tl.arange(0, TOKENS)
                 k_rows, v_rows = k_prompt + token.to(tl.int64) * stride_kl, v_prompt + token.to(tl.int64) * stride_vl
-                k = load_rows(k_rows, token < L, 0, D, DEPTH, OPERAND)
-                v = load_rows(v_rows, token < L, 0, D, DEPTH, OPERAND)
-                dots = dot_rows(q, k, q_rows, row < n, k_rows, token < L, size, D, CHUNK, OPERAND)
-                s = scale_logits(dots, token < L, share, scale_base2, JOINT)
+                k = load_rows(k_rows, token < tokens, 0, D, DEPTH, OPERAND)
+                v = load_rows(v_rows, token < tokens, 0, D, DEPTH, OPERAND)
+                dots = dot_rows(q, k, q_rows, row < n, k_rows, token < tokens, size, D, CHUNK, OPERAND)
+                s = scale_logits(dots, token < tokens, share, scale_base2, JOINT)
                 p = tl.exp2(s - anchor[:, None]) * factor[:, None]
-                dp = dot_rows(g, v, g_rows, row < n, v_rows, token < L, size, D, CHUNK, OPERAND)
+                dp = dot_rows(g, v, g_rows, row < n, v_rows, token < tokens, size, D, CHUNK, OPERAND)
                 result = _add_scaled(result, p * (dp - mean[:, None]) * scale, k, OPERAND)
     store_rows(out, result, b, row, head, n, heads, D, DEPTH)
 
@@ -208,6 +212,7 @@ def _grad_key_value_kernel(
     prompt_ids,
     weights,
     order,
+    lengths,
     statistics,
     grad_key,
     grad_value,
@@ -255,8 +260,9 @@ def _grad_key_value_kernel(
     split = block // prompts
     k_rows = key + (prompt.to(tl.int64) * stride_kp + token.to(tl.int64) * stride_kl + head * stride_kh) * ALIGN
     v_rows = value + (prompt.to(tl.int64) * stride_vp + token.to(tl.int64) * stride_vl + head * stride_vh) * ALIGN
-    k = load_rows(k_rows, token < L, 0, D, DEPTH, OPERAND)
-    v = load_rows(v_rows, token < L, 0, D, DEPTH, OPERAND)
+    tokens = tokens_of(lengths, prompt, L)
+    k = load_rows(k_rows, token < tokens, 0, D, DEPTH, OPERAND)
+    v = load_rows(v_rows, token < tokens, 0, D, DEPTH, OPERAND)
     dk = tl.zeros([TOKENS, DEPTH], tl.float32)
     dv = tl.zeros([TOKENS, DEPTH], tl.float32)
     tiles = tl.cdiv(n, TILE)
@@ -281,11 +287,11 @@ def _grad_key_value_kernel(
                 g_rows = grad + (b * stride_gb + row.to(tl.int64) * stride_gn + head * stride_gh) * ALIGN
                 q = load_rows(q_rows, row < n, 0, D, DEPTH, OPERAND)
                 g = load_rows(g_rows, row < n, 0, D, DEPTH, OPERAND)
-                s = dot_rows(q, k, q_rows, row < n, k_rows, token < L, size, D, CHUNK, OPERAND) * scale_base2
-                s = tl.where(used[:, None] & (token < L)[None, :], s, float("-inf"))
+                s = dot_rows(q, k, q_rows, row < n, k_rows, token < tokens, size, D, CHUNK, OPERAND) * scale_base2
+                s = tl.where(used[:, None] & (token < tokens)[None, :], s, float("-inf"))
                 p = tl.exp2(s - peak[:, None]) * factor[:, None]
                 dv = _add_scaled(dv, tl.trans(p), g, OPERAND)
-                dp = dot_rows(g, v, g_rows, row < n, v_rows, token < L, size, D, CHUNK, OPERAND)
+                dp = dot_rows(g, v, g_rows, row < n, v_rows, token < tokens, size, D, CHUNK, OPERAND)
                 dk = _add_scaled(dk, tl.trans(p * (dp - mean[:, None]) * scale), q, OPERAND)
     d = tl.arange(0, DEPTH)
     offset = (((split.to(tl.int64) * prompts + prompt) * L + token) * heads + head)[:, None] * D + d[None, :]
@@ -294,7 +300,7 @@ def _grad_key_value_kernel(
     tl.store(grad_value + offset, dv, inside)
 
 
-def regional_attention_backward(grad, query, key, value, prompt_ids, weights, joint, scale, order=None):
+def regional_attention_backward(grad, query, key, value, prompt_ids, weights, joint, scale, order=None, lengths=None):
     """Gradients of regional_attention with respect to query, key and value."""
     b, n, heads, d = query.shape
     prompts, length = key.shape[:2]
@@ -305,8 +311,8 @@ def regional_attention_backward(grad, query, key, value, prompt_ids, weights, jo
     (query, key, value, grad), align, strides = packed_rows([query, key, value, grad])
     shape = dict(head_shape(query, slots), L=length, ALIGN=align)
     statistics = query.new_empty(3, b, heads, slots, n, dtype=torch.float32)
-    order = order if order is None else order.contiguous()
-    inputs = grad, query, key, value, prompt_ids.contiguous(), weights, order, statistics
+    places = (t if t is None else t.contiguous() for t in (order, lengths))
+    inputs = grad, query, key, value, prompt_ids.contiguous(), weights, *places, statistics
     numbers = scale, scale * math.log2(math.e), statistics.stride(0), *strides, *weights.stride()
     with torch.cuda.device_of(query):
         launch = launch_options(shape["DEPTH"], query.dtype, backward=True)

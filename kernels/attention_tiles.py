@@ -24,10 +24,22 @@ def query_tile(program, heads, order, n, TILE: tl.constexpr):
 @triton.jit
 def visited_rows(order, image, place, n):
     """The numbers of the queries visited at these places: n past the last, and for what is no number of a query."""
-    if order is None:
-        return place
-    row = tl.load(order + image * n + place, place < n, other=n)
-    return tl.where(row < 0, n, row)
+    if order is None:  # no return here: the compiler would go on below
+        row = place
+    else:
+        row = tl.load(order + image * n + place, place < n, other=n)
+        row = tl.where(row < 0, n, row)
+    return row
+
+
+@triton.jit
+def tokens_of(lengths, prompt, L):
+    """How many tokens of a prompt take part."""
+    if lengths is None:
+        tokens = L
+    else:
+        tokens = tl.minimum(tl.maximum(tl.load(lengths + prompt), 1), L)
+    return tokens
 
 
 @triton.jit
@@ -180,13 +192,14 @@ def head_shape(query, slots):
     return dict(size=size, D=size, DEPTH=depth, CHUNK=min(chunk, depth), SLOTS=slots, OPERAND=operand)
 
 
-def launch_options(depth, dtype, backward):
+def launch_options(depth, dtype, backward, lengths=False):
     """Queries and tokens a program takes at once, its warps, and the registers a thread may have.
 
     Registers are what there is least of: a program keeps one or two (TILE, DEPTH) accumulators, and none may spill on
     sm_80, sm_90 and sm_100. Left to itself the assembler spills a little where that fits one program more, hence the
     limits: 168 registers are 3 programs of 128 threads a multiprocessor, 255 are all there are. The forward pass takes
     16 tokens at once, so that 77 cost 80, and fetches the next blocks meanwhile (stages). float32 has no tensor cores.
+    A length for each prompt takes more registers than 3 programs have.
     """
     if dtype == torch.float32:
         launch = dict(TILE=32, TOKENS=32, num_warps=8, num_stages=1, maxnreg=255)
@@ -194,7 +207,7 @@ def launch_options(depth, dtype, backward):
         tile = 64 if depth <= 64 else 32 if depth <= 128 else 16
         launch = dict(TILE=tile, TOKENS=32, num_warps=8, num_stages=1, maxnreg=255)
     elif depth <= 64:
-        launch = dict(TILE=64, TOKENS=16, num_warps=4, num_stages=3, maxnreg=168)
+        launch = dict(TILE=64, TOKENS=16, num_warps=4, num_stages=3, maxnreg=255 if lengths else 168)
     else:
         launch = dict(TILE=64 if depth <= 128 else 32, TOKENS=16, num_warps=8, num_stages=2, maxnreg=255)
     if torch.version.hip:

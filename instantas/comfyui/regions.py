@@ -158,8 +158,10 @@ class RegionHooks(Shared):
             raise ValueError(
                 "model: expected cross-attention that no other node replaces (IP-Adapter), got one that is"
             )
-        self.bank.update(context)
-        attended = self.bank.embeddings, self._layout(x, context, transformer_options)
+        uuids, tokens = transformer_options["uuids"], context.shape[1]
+        lengths = [self._lengths.get(uuid, tokens) for uuid in uuids for _ in range(len(x) // len(uuids))]
+        self.bank.update(context, lengths=lengths)  # which ComfyUI repeats where one of the batch is longer
+        attended = self.bank.embeddings, self._layout(x, transformer_options)
         options = transformer_options | {ATTENDED: attended}
         return executor(x, timesteps, context, y, control, options, **named)
 
@@ -173,10 +175,10 @@ class RegionHooks(Shared):
         _, layout = options[ATTENDED]
         grid = tuple(options["activations_shape"][-2:])
         query, key, value = (each.unflatten(-1, (options["n_heads"], -1)).contiguous() for each in (query, key, value))
-        weights, order = layout.weights_at(grid), layout.orders.get(grid)
-        return ops.regional_attention(query, key, value, layout.ids, weights, mode=self.mode, order=order).flatten(-2)
+        how = dict(mode=self.mode, order=layout.orders.get(grid), lengths=layout.lengths)
+        return ops.regional_attention(query, key, value, layout.ids, layout.weights_at(grid), **how).flatten(-2)
 
-    def _layout(self, x, context, options):
+    def _layout(self, x, options):
         uuids, elements = options["uuids"], len(x)
         each = elements // len(uuids)
         regional = [uuid in self._lengths for uuid in uuids for _ in range(each)]
@@ -184,14 +186,9 @@ class RegionHooks(Shared):
             [(i, 0, is_regional) for i, is_regional in enumerate(regional)], len(self.regions)
         )
         slots = torch.nn.functional.one_hot(slots, ids.shape[1]).double()
-        if self.mode == "joint":  # prompts that were repeated, by the bank or by ComfyUI, would count that often
-            slots /= torch.tensor(self.bank.repeats, dtype=torch.float64)[ids.clamp(min=0)][:, None]
-            for i, uuid in enumerate(uuids):
-                if uuid in self._lengths:
-                    slots[i * each : (i + 1) * each, 0] *= self._lengths[uuid] / context.shape[1]
         shares = self._shares(x, options)
         weights = torch.einsum("brs,brhw->bshw", slots.to(x.device), shares.double()).float().contiguous()
-        return Layout.of(ids.to(x.device), weights)
+        return Layout.of(ids.to(x.device), weights, self.bank.lengths)
 
     def _shares(self, x, options):
         """(B or 1, 1 + R, h, w): of windows, or of the whole canvas."""

@@ -20,6 +20,7 @@ from .order import region_order
 from .registration import call
 from .validation import (
     check_constant,
+    check_lengths,
     check_order,
     check_plan,
     check_prompt_ids,
@@ -261,6 +262,7 @@ def regional_attention(
     mode: str = "blend",
     scale: float | None = None,
     order: torch.Tensor | None = None,
+    lengths: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Cross-attention of every query with only the prompts of its region (InstantAS, guided cross-attention).
 
@@ -276,15 +278,17 @@ def regional_attention(
             `region_order` makes it, a tile of them visits few prompts. None: raster order. The result does not depend
             on it, bit for bit, nor does the gradient of the query; those of key and value are sums over the queries,
             whose rounding follows it.
+        lengths: (P,) int32 or int64, how many of a prompt's L tokens take part, from 1; None: all. What lies beyond is
+            not looked at, and has no gradient.
 
     Returns:
         (B, N, heads, D), contiguous, of the query's dtype. A query without any weight gives zeros.
 
     Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came. On a GPU the values of prompt_ids
-            and order are not read back: ids outside the bank count as unused there, numbers outside 0 .. N - 1 are
-            skipped, and what an order leaves out is not computed. On the CPU both are looked at, an order once for each
-            tensor. Values of weights are not checked.
+        TypeError, ValueError: naming the argument, what was expected and what came. On a GPU the values of prompt_ids,
+            order and lengths are not read back: ids outside the bank count as unused there, numbers outside 0 .. N - 1
+            are skipped, what an order leaves out is not computed, and lengths are taken as the nearest of 1 .. L. On
+            the CPU all are looked at, an order once for each tensor. Values of weights are not checked.
 
     Equivalent PyTorch code (blend)::
 
@@ -305,6 +309,7 @@ def regional_attention(
         raise ValueError("key: expected at least one token, got L = 0")
     check_prompt_ids(prompt_ids, key.shape[0])
     check_order(order, query)
+    check_lengths(lengths, key)
     if mode not in ("blend", "joint"):
         raise ValueError(f"mode: expected 'blend' or 'joint', got {mode!r}")
     factor = None
@@ -318,5 +323,7 @@ def regional_attention(
         prompt_ids = prompt_ids.clamp(-1, key.shape[0]).int()
     if order is not None and order.dtype == torch.int64:
         order = order.clamp(-1, n).int()
-    traced = () if factor is None else (factor,)
-    return call("regional_attention", query, key, value, prompt_ids, weights, mode == "joint", scale, order, *traced)
+    if lengths is not None and lengths.dtype == torch.int64:
+        lengths = lengths.clamp(1, key.shape[1]).int()
+    shares, traced = (prompt_ids, weights, mode == "joint", scale), () if factor is None else (factor,)
+    return call("regional_attention", query, key, value, *shares, order, lengths, *traced)

@@ -203,14 +203,14 @@ def _guided_step(
     return new_sample.contiguous(), new_history, kept[0] if kept else torch.empty_like(latest)
 
 
-def _regional_attention(query, key, value, prompt_ids, weights, joint, scale, order=None):
-    mode = "joint" if joint else "blend"
-    return reference.regional_attention(query, key, value, prompt_ids, weights, mode=mode, scale=scale).contiguous()
+def _regional_attention(query, key, value, prompt_ids, weights, joint, scale, order=None, lengths=None):
+    how = dict(mode="joint" if joint else "blend", scale=scale, lengths=lengths)
+    return reference.regional_attention(query, key, value, prompt_ids, weights, **how).contiguous()
 
 
-def _regional_attention_backward(grad, query, key, value, prompt_ids, weights, joint, scale, order=None):
-    mode = "joint" if joint else "blend"
-    grads = reference.regional_attention_backward(grad, query, key, value, prompt_ids, weights, mode=mode, scale=scale)
+def _regional_attention_backward(grad, query, key, value, prompt_ids, weights, joint, scale, order=None, lengths=None):
+    how = dict(mode="joint" if joint else "blend", scale=scale, lengths=lengths)
+    grads = reference.regional_attention_backward(grad, query, key, value, prompt_ids, weights, **how)
     return tuple(g.contiguous() for g in grads)
 
 

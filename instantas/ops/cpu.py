@@ -23,6 +23,7 @@ def regional_attention(
     joint: bool,
     scale: float,
     order: torch.Tensor | None = None,
+    lengths: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Each query attends to the prompts of its region. Shapes and modes as in `instantas.ops.regional_attention`."""
     query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
@@ -30,6 +31,7 @@ def regional_attention(
     if query.numel() == 0:
         return out
     regions, wide = _Regions(query, key, prompt_ids, weights, joint), _wide(query.dtype)
+    keys, values = _tokens(key, lengths), _tokens(value, lengths)
     queries, results = query.flatten(0, 1), out.flatten(0, 1)
     results.index_fill_(0, _numbers(regions.count == 0), 0)
     # where the processor multiplies bfloat16, flash attention gains by it; it rounds probabilities, which the rounding
@@ -39,12 +41,12 @@ def regional_attention(
         for rows in _chunks((share > 0) & (regions.count == 1), FLASH if half else CHUNK):
             flash = half and len(rows) >= CHUNK
             dtype = query.dtype if flash else wide
-            q, k, v = (t.to(dtype) for t in (_take(queries, rows), key[prompt], value[prompt]))
+            q, k, v = (t.to(dtype) for t in (_take(queries, rows), keys[prompt], values[prompt]))
             _put(results, rows, _flash_attend(q, k, v, scale)[0] if flash else _attend(q, k, v, scale))
     several = regions.count > 1
     if several.any():
         rows = _numbers(several)
-        q, k, v = _take(queries, rows).to(wide), key.to(wide), value.to(wide)
+        q, k, v = _take(queries, rows).to(wide), *(_tokens(t.to(wide), lengths) for t in (key, value))
         if joint:
             for some, result, _ in _join(q, k, v, regions, rows, scale):
                 _put(results, rows[some], result)
@@ -63,6 +65,7 @@ def regional_attention_backward(
     joint: bool,
     scale: float,
     order: torch.Tensor | None = None,
+    lengths: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, ...]:
     """The gradients of query, key and value; probabilities are computed again, all in the type of the arithmetic."""
     wide = _wide(query.dtype)
@@ -71,7 +74,8 @@ def regional_attention_backward(
         regions = _Regions(query, key, prompt_ids, weights, joint)
         rows = _numbers(regions.count > 0)
         queries, grads = (t.flatten(0, 1)[rows].to(wide) for t in (query, grad))
-        key, value = (t.to(wide).contiguous() for t in (key, value))
+        key, value = (_tokens(t.to(wide).contiguous(), lengths) for t in (key, value))
+        of_keys, of_values = _tokens(grad_key, lengths), _tokens(grad_value, lengths)
         if joint:
             joined, mass = torch.empty_like(queries), queries.new_empty(queries.shape[:2])
             for some, *results in _join(queries, key, value, regions, rows, scale):
@@ -91,8 +95,8 @@ def regional_attention_backward(
                     probabilities = logits.softmax(-1)
                     of_logits = torch._softmax_backward_data(torch.bmm(g, v.mT), probabilities, -1, wide)
                 grad_queries[some] += _by_head(torch.bmm(of_logits, k))
-                grad_key[prompt] += _by_head(torch.bmm(of_logits.mT, q))
-                grad_value[prompt] += _by_head(torch.bmm(probabilities.mT, g))
+                of_keys[prompt] += _by_head(torch.bmm(of_logits.mT, q))
+                of_values[prompt] += _by_head(torch.bmm(probabilities.mT, g))
         grad_query.flatten(0, 1)[rows] = grad_queries.mul_(scale)
         grad_key.mul_(scale)
     return tuple(t.to(query.dtype) for t in (grad_query, grad_key, grad_value))
@@ -138,16 +142,17 @@ def _join(queries, key, value, regions, rows, scale):
     """
     if not regions.shares:
         return
-    prompts = torch.tensor(list(regions.shares))
+    prompts = list(regions.shares)
     shares = torch.stack([share[rows] for share in regions.shares.values()])
     groups = torch.zeros_like(rows)
     for share in shares:
         groups = (2 * groups + (share > 0)).unique(return_inverse=True)[1]
     for group in groups.argsort(stable=True).split(groups.bincount().tolist()):
-        own = shares[:, group[0]] > 0
-        k, v = (t[prompts[own]].flatten(0, 1) for t in (key, value))
+        own = [i for i, share in enumerate(shares[:, group[0]].tolist()) if share > 0]
+        k, v = (torch.cat([t[prompts[i]] for i in own]) for t in (key, value))
         for some in group.split(FLASH):
-            bias = shares[own][:, some].log_().T[..., None].expand(-1, -1, key.shape[1]).flatten(1)
+            logs = ((shares[i, some].log_(), len(key[prompts[i]])) for i in own)
+            bias = torch.cat([log[:, None].expand(-1, tokens) for log, tokens in logs], dim=1)
             yield some, *_flash_attend(_take(queries, some), k, v, scale, bias)
 
 
@@ -179,6 +184,13 @@ def _logits(query, key, scale):
 def _by_head(rows):
     """(n, heads, D) -> (heads, n, D), and back."""
     return rows.transpose(0, 1)
+
+
+def _tokens(bank, lengths):
+    """Of each prompt the tokens that take part, as a view."""
+    if lengths is None:
+        return bank
+    return [tokens[:length] for tokens, length in zip(bank, lengths.clamp(1, bank.shape[1]).tolist())]
 
 
 def _numbers(chosen):

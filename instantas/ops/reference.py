@@ -100,16 +100,19 @@ def regional_attention(
     mode: str = "blend",
     scale: float | None = None,
     order: Tensor | None = None,
+    lengths: Tensor | None = None,
 ) -> Tensor:
     """Each query attends to the prompts of its region; the order in which they are visited changes nothing.
 
     blend: out = sum_r w_r softmax(q K_r^T scale) V_r / sum_r w_r.
     joint: out = softmax over all (r, l) of (q K_r^T scale + log w_r), times V.
+    Of a prompt the first `lengths` tokens take part.
     """
     ids = _bank_rows(prompt_ids, key)
     if not query.numel() or ids is None:
         return torch.zeros_like(query)
-    probabilities, _ = _probabilities(query, key, ids, prompt_ids, weights, mode, scale)
+    key, value, beyond = _within(key, value, lengths)
+    probabilities, _ = _probabilities(query, key, ids, prompt_ids, weights, mode, scale, beyond)
     out = torch.einsum("bhnrl,brlhd->bnhd", probabilities, value[ids].to(probabilities.dtype))
     return out.to(query.dtype)
 
@@ -125,13 +128,15 @@ def regional_attention_backward(
     mode: str = "blend",
     scale: float | None = None,
     order: Tensor | None = None,
+    lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients with respect to query, key and value: dS = P (dP - the mean of dP under each softmax)."""
     ids = _bank_rows(prompt_ids, key)
     if not query.numel() or ids is None:
         return torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    p, share = _probabilities(query, key, ids, prompt_ids, weights, mode, scale)
+    key, value, beyond = _within(key, value, lengths)
+    p, share = _probabilities(query, key, ids, prompt_ids, weights, mode, scale, beyond)
     q, g, k, v = (t.to(p.dtype) for t in (query, grad, key[ids], value[ids]))
     dp = torch.einsum("bnhd,brlhd->bhnrl", g, v)
     if mode == "blend":
@@ -153,11 +158,21 @@ def _bank_rows(prompt_ids, key):
     return torch.where(present, prompt_ids, prompt_ids[present][0]).long() if present.any() else None
 
 
-def _probabilities(query, key, ids, prompt_ids, weights, mode, scale):
+def _within(key, value, lengths):
+    """The bank with zeros beyond its prompts' lengths, and where these are, (P, L)."""
+    if lengths is None:
+        return key, value, None
+    beyond = torch.arange(key.shape[1], device=key.device) >= lengths.clamp(1, key.shape[1])[:, None]
+    return *(t.masked_fill(beyond[:, :, None, None], 0) for t in (key, value)), beyond
+
+
+def _probabilities(query, key, ids, prompt_ids, weights, mode, scale, beyond=None):
     """(B, heads, N, R, L): what the values are summed with; and the share (B, 1, N, R, 1) of each prompt."""
     dtype, scale = _accumulator(query), query.shape[-1] ** -0.5 if scale is None else scale
     w = torch.where((ids == prompt_ids)[:, :, None], weights.to(dtype), 0.0)  # (B, R, N)
     logits = torch.einsum("bnhd,brlhd->bhnrl", query.to(dtype), key[ids].to(dtype)) * scale
+    if beyond is not None:
+        logits = logits.masked_fill(beyond[ids][:, None, None], -torch.inf)
     w = w.permute(0, 2, 1)[:, None, :, :, None]
     total = w.sum(-2, keepdim=True)
     if mode == "blend":

@@ -19,7 +19,7 @@ operators = getattr(torch.ops, NAMESPACE)
 _library = torch.library.Library(NAMESPACE, "DEF")
 
 # The scale of a compiled graph is a tensor, float64 on the CPU, that the number in `scale` is multiplied by.
-_FACTOR = ("Tensor? order=None)", "Tensor? order=None, Tensor? factor=None)")
+_FACTOR = ("Tensor? lengths=None)", "Tensor? lengths=None, Tensor? factor=None)")
 
 
 def _dispatcher(operation, chosen=None):
@@ -30,8 +30,9 @@ def _dispatcher(operation, chosen=None):
 
     def run_scaled(*args):
         at = next(i for i, value in enumerate(args) if isinstance(value, float))
-        order, factor = (*args[at + 1 :], None, None)[:2]  # both come without what is their default
-        return run(*args[:at], _scaled(args[at], factor), *(() if order is None else (order,)))
+        order, lengths, factor = (*args[at + 1 :], None, None, None)[:3]  # they come without what is their default
+        rest = (order, lengths) if lengths is not None else () if order is None else (order,)
+        return run(*args[:at], _scaled(args[at], factor), *rest)
 
     return run_scaled if "attention" in operation else run
 
@@ -183,25 +184,25 @@ def _step_backward(ctx, grad_sample, grad_history, grad_latest):
 
 
 def _attention_setup(ctx, inputs, output):
-    *tensors, ctx.joint, ctx.scale, order, factor = inputs
-    ctx.save_for_backward(*tensors, order, factor)
+    *tensors, ctx.joint, ctx.scale, order, lengths, factor = inputs
+    ctx.save_for_backward(*tensors, order, lengths, factor)
 
 
 def _attention_backward(ctx, grad):
-    *tensors, order, factor = ctx.saved_tensors
-    grads = operators.regional_attention_backward(grad, *tensors, ctx.joint, ctx.scale, order, factor)
-    return *grads, *[None] * 6
+    *tensors, order, lengths, factor = ctx.saved_tensors
+    grads = operators.regional_attention_backward(grad, *tensors, ctx.joint, ctx.scale, order, lengths, factor)
+    return *grads, *[None] * 7
 
 
 def _attention_second_backward(ctx, *grads):
     """Through the reference, whose every step torch can differentiate, as often as asked for."""
-    *tensors, prompt_ids, weights, _, factor = ctx.saved_tensors
-    mode, scale = "joint" if ctx.joint else "blend", _scaled(ctx.scale, factor)
+    *tensors, prompt_ids, weights, _, lengths, factor = ctx.saved_tensors
+    how = dict(mode="joint" if ctx.joint else "blend", scale=_scaled(ctx.scale, factor), lengths=lengths)
 
     def first(*tensors):
-        return reference.regional_attention_backward(*tensors, prompt_ids, weights, mode=mode, scale=scale)
+        return reference.regional_attention_backward(*tensors, prompt_ids, weights, **how)
 
-    return *torch.func.vjp(first, *tensors)[1](grads), *[None] * 6
+    return *torch.func.vjp(first, *tensors)[1](grads), *[None] * 7
 
 
 for _name, _backward, _setup in (

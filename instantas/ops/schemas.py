@@ -12,9 +12,9 @@ SCHEMAS = {
     "Tensor coefficients, Tensor keep, Tensor carry, float guidance_scale, Tensor? guidance_map, Tensor origins, "
     "Tensor cover_start, Tensor cover_index, SymInt[] geometry) -> (Tensor, Tensor, Tensor)",
     "regional_attention": "(Tensor query, Tensor key, Tensor value, Tensor prompt_ids, Tensor weights, bool joint, "
-    "float scale, Tensor? order=None) -> Tensor",
+    "float scale, Tensor? order=None, Tensor? lengths=None) -> Tensor",
     "regional_attention_backward": "(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor prompt_ids, "
-    "Tensor weights, bool joint, float scale, Tensor? order=None) -> (Tensor, Tensor, Tensor)",
+    "Tensor weights, bool joint, float scale, Tensor? order=None, Tensor? lengths=None) -> (Tensor, Tensor, Tensor)",
 }
 
 # What the host library offers besides: rows of a contiguous tensor by number (instantas/ops/cpu.py).

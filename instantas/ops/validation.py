@@ -76,6 +76,17 @@ def check_prompt_ids(prompt_ids: torch.Tensor, prompts: int) -> None:
             raise ValueError(f"prompt_ids: expected -1 to {prompts - 1}, got {low} to {high}")
 
 
+def check_lengths(lengths: torch.Tensor | None, key: torch.Tensor) -> None:
+    """Whether each prompt of the bank has tokens, and no more than the bank; read on the CPU alone."""
+    if lengths is None:
+        return
+    check_tensor("lengths", lengths, "(P,)", key.shape[:1], dtypes=(torch.int32, torch.int64), device=key.device)
+    if lengths.device.type == "cpu" and lengths.numel() and not tracing(lengths):
+        low, high = (int(v) for v in lengths.aminmax())
+        if low < 1 or high > key.shape[1]:
+            raise ValueError(f"lengths: expected 1 to {key.shape[1]}, got {low} to {high}")
+
+
 _sound_orders = WeakTensorKeyDictionary()  # order -> its version with which it was found right
 
 

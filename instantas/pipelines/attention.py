@@ -127,7 +127,7 @@ class RegionalPrompts:
                 self.bank.update(embeddings, self._encode or self._encoder(running, scale))
             place = self._place or self._placed(whole, seen and seen.place, running, frames)
             if self._weights is None or self._weights.regions is not self.regions:
-                self._weights = PromptWeights(self.regions, self.bank, self.mode == "joint")
+                self._weights = PromptWeights(self.regions, self.bank)
             batch = torch.Size((len(sample) * frames, sample.shape[1], *sample.shape[-2:]))
             layout = self._weights.layout(place, batch, sample.device, self._base)
             keys, values = zip(*self._project(layers, scale))

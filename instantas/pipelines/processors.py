@@ -99,6 +99,7 @@ class RegionalAttnProcessor:
             mode=attended.mode,
             scale=attn.scale,
             order=attended.layout.orders.get(attended.grid),
+            lengths=attended.layout.lengths,
         )
 
 

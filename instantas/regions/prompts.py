@@ -5,11 +5,12 @@ from __future__ import annotations
 import inspect
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from instantas.regions import Region
 
@@ -20,16 +21,13 @@ EMBEDDING = threading.RLock()
 class PromptBank:
     """Base prompts, regional and negative ones, each distinct embedding once.
 
-    Lengths may differ where they divide the longest: a shorter prompt then is repeated, which changes nothing where it
-    has a softmax of its own, and counts `repeats` times where it shares one.
-
     Args:
         lists: the regions of each picture.
 
     Attributes:
         texts: what has to be embedded.
-        embeddings: (P, L, D).
-        repeats: how often each of the P prompts is repeated in its L tokens.
+        embeddings: (P, L, D), zeros beyond a prompt's length.
+        lengths: (P,) int32, how many of its L tokens a prompt has; None: all have L.
         version: counts how often they were made anew.
     """
 
@@ -40,14 +38,19 @@ class PromptBank:
         self._numbers = {prompt: number for number, prompt in enumerate((*self.texts, *self._embeds))}
         self.lists, self.version = lists, 0
         self.embeddings: Any = None
-        self.repeats: list[int] = []
+        self.lengths: torch.Tensor | None = None
         self._rows: list[int] = []
         self._given: Any = None
-        self._seen: tuple[torch.Tensor, int] | None = None
+        self._seen: tuple | None = None
         self._encode: Callable | None = None
         self._embedded = self._encoded_by = None
 
-    def update(self, base: torch.Tensor, encode: Callable[[list[str]], torch.Tensor] | None = None) -> None:
+    def update(
+        self,
+        base: torch.Tensor,
+        encode: Callable[[list[str]], torch.Tensor] | None = None,
+        lengths: Sequence[int] | None = None,
+    ) -> None:
         """Take the base prompts (n, L, D); nothing happens where they are those of the last time.
 
         The same unchanged tensor is known without a look at its values, for which a GPU would have to be waited for.
@@ -56,17 +59,20 @@ class PromptBank:
         Args:
             encode: gives the texts' embeddings (texts, L, D), without gradients. Embeds again where it is not equal to
                 that of the last time, or where there are new base prompts and its `state()`, if it has one, differs.
+            lengths: how many of its L tokens each base prompt has; None: all.
 
         Raises:
             ValueError, TypeError: for regions whose prompts cannot be embedded, or do not fit the base prompts.
         """
         trained = torch.is_grad_enabled() and any(t.requires_grad for t in (base, *self._embeds))
         version = -1 if base.is_inference() else base._version
-        seen = self._seen is not None and self._seen[0] is base and version >= 0 and self._seen[1] == version
+        own = [base.shape[1]] * len(base) if lengths is None else list(lengths)
+        seen = self._seen is not None and self._seen[0] is base and version >= 0 and self._seen[1:] == (version, own)
         if trained or not seen or encode != self._encode:
-            if self._embed(encode) or trained or not self._equals(base):
-                self._make(base if trained else base.detach(), trained)
-        self._seen, self._encode = (base, version), encode
+            alike = self._equals(base) and self._seen is not None and self._seen[2] == own
+            if self._embed(encode) or trained or not alike:
+                self._make(base if trained else base.detach(), own, trained)
+        self._seen, self._encode = (base, version, own), encode
 
     def _embed(self, encode):
         """Whether the texts were embedded anew."""
@@ -81,31 +87,29 @@ class PromptBank:
         alike = given is not None and given.shape == base.shape and given.dtype == base.dtype
         return alike and given.device == base.device and torch.equal(given, base)
 
-    def _make(self, base, trained):
+    def _make(self, base, own, trained):
         texts = "regions" if isinstance(self._encoded_by and self._encoded_by[0], PipelineEncoder) else "encode"
-        parts = [("prompt_embeds", base)] + [(texts, self._embedded)] * bool(self.texts)
-        parts += [("embeds", embeds[None]) for embeds in self._embeds]
-        longest = max(part.shape[1] for _, part in parts)
-        prompts, repeats = [], []
+        parts = [(texts, self._embedded)] * bool(self.texts) + [("embeds", embeds[None]) for embeds in self._embeds]
         for name, part in parts:
-            (count, length, width), other = part.shape, base.shape[1] if part.shape[1] == longest else longest
-            if width != base.shape[2] or name != "prompt_embeds" and max(length, other) % min(length, other):
+            if part.shape[2] != base.shape[2] or not part.shape[1]:
                 raise ValueError(
-                    f"{name}: expected embeddings (prompts, {base.shape[1]}, {base.shape[2]}) like the base prompt's, "
-                    f"or as many tokens as divide the longest prompt's {longest}, got {tuple(part.shape)}"
+                    f"{name}: expected embeddings (prompts, tokens, {base.shape[2]}) like the base prompt's, got "
+                    f"{tuple(part.shape)}"
                 )
-            part = part.to(base) if trained else part.detach().to(base)
-            prompts.append(part.repeat(1, longest // length, 1))
-            repeats += [longest // length] * count
-        prompts = torch.cat(prompts)
-        first = list(range(len(prompts)))
+        prompts = [tokens[:length] for tokens, length in zip(base, own)]
+        prompts += [tokens.to(base) if trained else tokens.detach().to(base) for _, part in parts for tokens in part]
+        lengths = [len(prompt) for prompt in prompts]
+        whole = torch.stack([F.pad(prompt, (0, 0, 0, max(lengths) - len(prompt))) for prompt in prompts])
+        first = list(range(len(whole)))
         if not trained:  # of equal prompts one, which alone would have the gradient
-            counts, flat = torch.tensor(repeats, device=base.device), prompts.flatten(1)
-            alike = [(flat == row).all(1) & (counts == count) for row, count in zip(flat, repeats)]
+            counts, flat = torch.tensor(lengths, device=base.device), whole.flatten(1)
+            alike = [(flat == row).all(1) & (counts == count) for row, count in zip(flat, lengths)]
             first = torch.stack(alike).int().argmax(1).tolist()
         distinct = sorted(set(first))
-        self._given, self.embeddings = base.detach().clone(), prompts[distinct]
-        self._rows, self.repeats = [distinct.index(i) for i in first], [repeats[i] for i in distinct]
+        self._given, self.embeddings = base.detach().clone(), whole[distinct]
+        self._rows, own = [distinct.index(i) for i in first], [lengths[i] for i in distinct]
+        several = len(set(own)) > 1
+        self.lengths = torch.tensor(own, dtype=torch.int32, device=base.device) if several else None
         self.version += 1
 
     def attended(self, elements: list[tuple[int, int, bool]], most: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -56,14 +56,16 @@ class Layout(NamedTuple):
         ids: (B, S) int32, rows of the bank; -1: none.
         weights: (h, w) -> (B, S, h w) float32 for the sizes of the feature maps, the batch's own first.
         orders: (h, w) -> (B, h w) int32 (`ops.region_order`), for sizes at which attention gains by one.
+        lengths: (P,) int32, how many tokens each prompt of the bank has; None: all.
     """
 
     ids: torch.Tensor
     weights: dict[tuple[int, int], torch.Tensor]
     orders: dict[tuple[int, int], torch.Tensor]
+    lengths: torch.Tensor | None = None
 
     @classmethod
-    def of(cls, ids: torch.Tensor, weights: torch.Tensor) -> Layout:
+    def of(cls, ids: torch.Tensor, weights: torch.Tensor, lengths: torch.Tensor | None = None) -> Layout:
         """At every resolution of a network, from the weights (B, S, h, w) at that of the batch."""
         levels: dict[tuple[int, int], torch.Tensor] = {}
         while (grid := (weights.shape[-2], weights.shape[-1])) not in levels:
@@ -73,7 +75,7 @@ class Layout(NamedTuple):
         if ids.shape[1] > 1 and backend.ordered(ids.device):
             large = {grid: level for grid, level in levels.items() if level.shape[2] > TILE}
             orders = {grid: ops.region_order(ids, level) for grid, level in large.items()}
-        return cls(ids, levels, orders)
+        return cls(ids, levels, orders, lengths)
 
     def weights_at(self, grid: tuple[int, int]) -> torch.Tensor:
         """(B, S, h w): the weight of each prompt in `ids` at the queries of a feature map."""
@@ -84,14 +86,10 @@ class Layout(NamedTuple):
 
 
 class PromptWeights:
-    """Lays out the shares of a `RegionMap` over the prompts of a bank; what does not change is kept.
+    """Lays out the shares of a `RegionMap` over the prompts of a bank; what does not change is kept."""
 
-    Args:
-        joint: whether the prompts share one softmax, in which a prompt that is repeated in the bank counts that often.
-    """
-
-    def __init__(self, regions: RegionMap, bank: PromptBank, joint: bool = False):
-        self.regions, self.bank, self.joint = regions, bank, joint
+    def __init__(self, regions: RegionMap, bank: PromptBank):
+        self.regions, self.bank = regions, bank
         self._layouts: dict[tuple, Layout] = {}  # of the batches of a step, and of the steps that are like it
         self._laid_out: tuple | None = None
         self._placed: dict[tuple, tuple] = {}
@@ -134,7 +132,8 @@ class PromptWeights:
         ids, slots, lists = self._attended(place.rows, branches, device, base)
         shares = self.regions.windows_at(place.plan, lists, place.origins, place.progress, place.view)
         shares = shares.to(device).repeat(len(branches), 1, 1, 1)
-        return Layout.of(ids, torch.einsum("brs,brhw->bshw", slots, shares.double()).float().contiguous())
+        weights = torch.einsum("brs,brhw->bshw", slots, shares.double()).float().contiguous()
+        return Layout.of(ids, weights, self.bank.lengths)
 
     def _attended(self, rows, branches, device, base):
         """On the device: the ids, the slots of the regions in them as one-hot rows, the list of each row's picture."""
@@ -153,8 +152,6 @@ class PromptWeights:
             ids, slots = self.bank.attended(elements, self.regions.masks.shape[1])
             # float64: products with 0 and 1, which no reduced precision of matrix products may round
             slots = torch.nn.functional.one_hot(slots, ids.shape[1]).double()
-            if self.joint:
-                slots /= torch.tensor(self.bank.repeats, dtype=torch.float64)[ids.clamp(min=0)][:, None]
             self._placed[placed] = ids.to(device), slots.to(device), lists.to(self.regions.masks.device)
         return self._placed[placed]
 

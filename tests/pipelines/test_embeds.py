@@ -45,7 +45,7 @@ def paint(pipe, *args, **settings):
 @pytest.mark.parametrize("mode", ["blend", "joint"])
 @torch.no_grad()
 def test_a_region_over_everything_is_its_embedding_alone(pipe, embedded, noise, base, region, mode):
-    """In one and in three parts, of any lengths that divide the longest; also as (L, D)."""
+    """In one and in three parts, of any lengths; also as (L, D)."""
     words = embedded(*region)
     wanted = pipe.unet(noise, 500, words).sample
     for parts in ([ALL], [LEFT, RIGHT, ALL]):
@@ -108,12 +108,12 @@ def test_xl_needs_no_pooled_embedding_of_a_region():
         assert error(paint(pipe, **sky), wanted) < 1e-4
 
 
-@pytest.mark.parametrize("shape", [(1, 24, 32), (16, 31), (5, 32), (1, 32, 64)])
+@pytest.mark.parametrize("shape", [(16, 31), (1, 32, 64)])
 def test_embeddings_that_do_not_fit_are_refused_before_any_evaluation(pipe, embedded, noise, shape):
     evaluated = []
     hook = pipe.unet.conv_in.register_forward_hook(lambda *_: evaluated.append(1))
     region = Region(box=ALL, embeds=torch.zeros(shape))
-    words = r"^embeds: expected embeddings \(prompts, 16, 32\)"
+    words = r"^embeds: expected embeddings \(prompts, tokens, 32\)"
     with regional_prompts(pipe.unet, [region]), pytest.raises(ValueError, match=words):
         pipe.unet(noise.repeat(2, 1, 1, 1), 500, embedded("a").repeat(2, 1, 1))
     with pytest.raises(ValueError, match=words):
@@ -122,11 +122,24 @@ def test_embeddings_that_do_not_fit_are_refused_before_any_evaluation(pipe, embe
     assert not evaluated
 
 
-def test_texts_beside_a_base_prompt_of_another_length(pipe, embedded):
+@pytest.mark.parametrize("mode", ["blend", "joint"])
+def test_texts_beside_a_base_prompt_of_another_length(pipe, embedded, mode):
+    """16 tokens beside 21: the text alone where it is everywhere, in both halves of the batch."""
     odd = torch.cat([embedded("a"), embedded("b")[:, :5]], dim=1)
-    with pytest.raises(ValueError, match=r"^regions: expected embeddings \(prompts, 21, 32\).*got \(1, 16, 32\)"):
-        ours = InstantASPipeline.from_pipe(pipe)
-        paint(ours, prompt_embeds=odd, negative_prompt_embeds=odd, regions=[Region("grass", box=LEFT)])
+    ours, base = InstantASPipeline.from_pipe(pipe), dict(prompt_embeds=odd, negative_prompt_embeds=odd)
+    got = paint(ours, **base, regions=[Region("grass", box=ALL, negative_prompt="sky")], region_mode=mode)
+    assert error(got, paint(ours, "grass", negative_prompt="sky")) < 1e-4 < error(got, paint(ours, **base))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("lengths", [(21, 16), (5, 16), (24, 7)])
+def test_prompts_of_unlike_lengths_share_a_softmax(pipe, embedded, noise, lengths):
+    """Jointly, of equal weight everywhere: as one prompt of the tokens of both, none of them twice."""
+    base, other = (torch.cat([embedded(w), embedded("b")], dim=1)[:, :n] for w, n in zip(("red", "sky"), lengths))
+    region = Region(box=ALL, embeds=other)
+    with regional_prompts(pipe.unet, [region], classifier_free_guidance=False, mode="joint", base_weight=1.0):
+        got = pipe.unet(noise, 500, base).sample
+    assert error(got, pipe.unet(noise, 500, torch.cat([base, other], dim=1)).sample) < 1e-4
 
 
 def test_multidiffusion_takes_texts(pipe, embedded):

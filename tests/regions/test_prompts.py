@@ -78,7 +78,7 @@ def test_no_regions_need_no_encoder():
         (lambda texts: [0.0], TypeError, r"encode: expected a tensor \(1, L, D\), got list"),
         (lambda texts: torch.zeros(2, 2, 3), ValueError, r"encode: expected \(1, L, D\), got \(2, 2, 3\)"),
         (lambda texts: torch.zeros(1, 3), ValueError, r"encode: expected \(1, L, D\), got \(1, 3\)"),
-        (lambda texts: torch.zeros(1, 9, 3), ValueError, r"encode: expected embeddings \(prompts, 2, 3\) like"),
+        (lambda texts: torch.zeros(1, 9, 4), ValueError, r"encode: expected embeddings \(prompts, tokens, 3\)"),
     ],
 )
 def test_bad_encoders(encoder, error, words):

@@ -29,7 +29,7 @@ def attention(query, prompts, weights, mode):
 
 
 @pytest.mark.parametrize("mode", ["blend", "joint"])
-@pytest.mark.parametrize("lengths", [(4, 4), (4, 8), (8, 4), (4, 12), (2, 2), (4, 1)])
+@pytest.mark.parametrize("lengths", [(4, 4), (4, 8), (8, 4), (4, 12), (2, 2), (4, 1), (3, 7), (5, 4), (77, 6)])
 def test_prompts_of_different_lengths_where_they_mix(mode, lengths):
     base, *embeds = (
         torch.randn(length, 16, generator=torch.Generator().manual_seed(length)) for length in (4, *lengths)
@@ -40,23 +40,24 @@ def test_prompts_of_different_lengths_where_they_mix(mode, lengths):
     bank = PromptBank(regions.lists)
     bank.update(base[None])
     place = Place.whole(1, (8, 8), 0.0, torch.device("cpu"))
-    layout = PromptWeights(regions, bank, mode == "joint").layout(place, (1, 4, 8, 8), torch.device("cpu"))
+    layout = PromptWeights(regions, bank).layout(place, (1, 4, 8, 8), torch.device("cpu"))
     query = torch.randn(64, 16, generator=torch.Generator().manual_seed(9))
     keys = bank.embeddings[:, :, None]
-    got = ops.regional_attention(query[None, :, None], keys, keys, layout.ids, layout.weights[8, 8], mode=mode)[0, :, 0]
+    how = dict(mode=mode, lengths=layout.lengths)
+    got = ops.regional_attention(query[None, :, None], keys, keys, layout.ids, layout.weights[8, 8], **how)[0, :, 0]
     shares = regions.shares()[0].flatten(1).double()
     wanted = attention(query.double(), [p.double() for p in (base, *embeds)], list(shares), mode)
     assert torch.allclose(got.double(), wanted, atol=1e-5)
 
 
-def test_repeated_prompts_are_not_taken_for_long_ones():
+def test_long_prompts_are_not_taken_for_their_beginnings():
     """A prompt of two equal halves weighs twice what one half does, where they share a softmax."""
     half = torch.randn(4, 16, generator=torch.Generator().manual_seed(1))
     regions = RegionMap([Region(mask=SOFT, embeds=half.repeat(2, 1))], 64, 64)
     bank = PromptBank(regions.lists)
     bank.update(half[None])
-    assert len(bank.embeddings) == 2 and bank.repeats == [2, 1]
-    assert torch.equal(bank.embeddings[0], bank.embeddings[1])
+    assert bank.embeddings.shape == (2, 8, 16) and bank.lengths.tolist() == [4, 8]
+    assert torch.equal(bank.embeddings[0, :4], bank.embeddings[1, :4]) and not bank.embeddings[0, 4:].any()
 
 
 # The order of the queries
