@@ -127,7 +127,11 @@ def test_an_interrupted_run_gives_the_size_that_was_asked_for(pipe):
         (dict(start="fine"), ValueError, "start: expected one of none, coarse, got 'fine'"),
         (dict(start=1.5), TypeError, "start: expected a name or a CoarseStart"),
         (dict(method="multidiffusion"), ValueError, 'start: expected "none" with multidiffusion'),
-        (dict(image=Image.new("RGB", (8, 8)), strength=0.5), ValueError, 'start: expected "none" with strength'),
+        (
+            dict(image=Image.new("RGB", (8, 8)), strength=0.5),
+            ValueError,
+            'start: expected "none" with a picture to start from',
+        ),
         (dict(denoising_end=0.4), ValueError, "start: expected to go on before the run's end"),
     ],
 )
