@@ -116,6 +116,7 @@ def resumed(group, rank):
 
 
 PHOTO = Image.linear_gradient("L").convert("RGB")
+MASK = Image.linear_gradient("L").point(lambda level: 255 * (level > 150))
 
 CASES = {
     **{f"batches of {n}": functools.partial(sampled, window_batch_size=n) for n in (1, 3, None)},
@@ -143,6 +144,8 @@ CASES = {
     "a callback that replaces": functools.partial(sampled, callback=replacing),
     "a callback that changes in place": functools.partial(sampled, callback=in_place),
     "a callback that ends the run": functools.partial(sampled, callback=ending),
+    "a coarse start": functools.partial(sampled, start="coarse", num_inference_steps=5),
+    "ended on a smaller canvas": functools.partial(sampled, start="coarse", num_inference_steps=5, callback=ending),
     "resumed": resumed,
     "regions, blended": functools.partial(painted, regions=REGIONS),
     "regions, joint": functools.partial(painted, regions=REGIONS, region_mode="joint"),
@@ -152,6 +155,7 @@ CASES = {
     ),
     "SDXL": functools.partial(painted, make=tiny.tiny_xl_pipeline),
     "from a picture": functools.partial(painted, image=PHOTO, strength=0.7),
+    "a mask": functools.partial(painted, image=PHOTO, mask_image=MASK, height=256, width=256),
     "latent consistency": functools.partial(
         painted,
         make=of(
