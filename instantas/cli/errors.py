@@ -5,6 +5,8 @@ from __future__ import annotations
 import click
 import torch
 
+from instantas.sampling.parallel import PeerError
+
 EXTRAS = {"matplotlib": "plot", "tifffile": "tiff"}  # a package: the extra that brings it, if not diffusers
 
 
@@ -32,4 +34,4 @@ def message(error: BaseException) -> str | None:
         return f"{first_line(error)}; this command needs: pip install 'instantas[{extra}]'"
     if out_of_memory(error):
         return f"out of memory: {first_line(error)}"
-    return first_line(error) if isinstance(error, (ValueError, TypeError, OSError)) else None
+    return first_line(error) if isinstance(error, (ValueError, TypeError, OSError, PeerError)) else None

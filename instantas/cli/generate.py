@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 from pathlib import Path
 from typing import Any, cast
@@ -18,6 +19,7 @@ from instantas.cli.like import check_beside, check_unchanged, is_given, take_set
 from instantas.cli.model import check_words, load
 from instantas.cli.options import DTYPES, OUTPUT, SCHEDULERS, Device, Sides, Size, wrap_option
 from instantas.cli.pictures import check_output, check_size, read_picture
+from instantas.cli.processes import processes
 from instantas.cli.record import record
 from instantas.files import check_writable
 from instantas.regions import SCHEDULES, Region, RegionMap
@@ -181,7 +183,8 @@ def generate(
     inputs = dict(
         regions=regions, notes=notes, image=image, source=source, hints=hints, mask=mask, masked=masked, extend=extend
     )
-    _paint(prompt, size, output, force, preview, kept, **inputs, **options)
+    with processes() as ranks:
+        _paint(prompt, size, output, force, preview, kept, ranks, **inputs, **options)
 
 
 def _paint(
@@ -191,6 +194,7 @@ def _paint(
     force,
     preview,
     kept,
+    ranks,
     *,
     regions,
     notes,
@@ -232,7 +236,8 @@ def _paint(
     banded = in_bands(pipe, output, width, height) and not (mask or extend)  # these paste the source, into the whole
     memory = Memory.of(pipe, height, width, wrap, method, banded)
     memory.check(pipe.device, f"{width}x{height}")
-    if preview:
+    leads = ranks is None or ranks.rank == 0
+    if preview and leads:
         shares = {name: settings[name] for name in ("wrap", "base_weight", "semantic_schedule")}
         drawn = RegionMap(regions, height, width, pipe.cell, pipe.canvas(height, width), **shares)
         drawn.preview(preview, pipe.plan(height, width, wrap=wrap, method=method))
@@ -255,18 +260,23 @@ def _paint(
     hint = hints if len(hints) > 1 else hints[0] if hints else None
     pictures = dict(image=hint) if source is None else dict(image=source, control_image=hint)
     asked = settings | dict(regions=regions, generator=generator, checkpoint=kept.checkpoint(checkpoint, text))
-    with kept.until_done("generate"):
-        if extend:
-            write(pipe.extend(source, *extend, prompt, control_image=hint, **asked).images[0], output, text, force)
+    asked["group"] = ranks
+    with kept.until_done("generate") if leads else contextlib.nullcontext():
+        if extend or mask:
+            if extend:
+                picture = pipe.extend(source, *extend, prompt, control_image=hint, **asked).images[0]
+            else:
+                asked |= pictures | dict(height=height, width=width)
+                picture = pipe(prompt, mask_image=masked, **asked).images[0]
+            if leads:
+                write(picture, output, text, force)
             return
         asked |= pictures | dict(height=height, width=width)
-        if mask:
-            write(pipe(prompt, mask_image=masked, **asked).images[0], output, text, force)
-            return
         latents = kept.finished()
         if latents is None:
             latents = pipe(prompt, output_type="latent", **asked).images
-        finish(pipe, latents.to(pipe.device, pipe.unet.dtype), output, text, force)
+        if leads:
+            finish(pipe, latents.to(pipe.device, pipe.unet.dtype), output, text, force)
 
 
 def _painted(pipe, size, source, masked, extend):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from instantas.cli.like import check_beside, check_unchanged, take_settings
 from instantas.cli.model import check_words, load
 from instantas.cli.options import DTYPES, OUTPUT, SCHEDULERS, Device
 from instantas.cli.pictures import check_output, check_size, read_picture
+from instantas.cli.processes import processes
 from instantas.cli.record import record
 from instantas.sampling.bridging import DEFAULT, evaluations
 from instantas.sampling.sampler import set_timesteps
@@ -49,17 +51,13 @@ from instantas.sampling.sampler import set_timesteps
 )
 @checkpoint_option
 @click.pass_context
-def upscale(
-    context: click.Context,
-    picture: Path | None,
-    output: Path,
-    force: bool,
-    seed: int | None,
-    resume: dict[str, Any] | None,
-    checkpoint: int | None,
-    **options: Any,
-) -> None:
+def upscale(context: click.Context, **options: Any) -> None:
     """Enlarge PICTURE and write a file: PNG, JPEG, WebP or TIFF, by the name's ending."""
+    with processes() as ranks:
+        _upscale(context, ranks, **options)
+
+
+def _upscale(context, ranks, picture, output, force, seed, resume, checkpoint, **options):
     check_output(output, force)
     from instantas.pipelines.starts import stages
 
@@ -106,11 +104,13 @@ def upscale(
     check_finish(pipe, output, text, force)
     generator = torch.Generator("cpu").manual_seed(seed)
     settings |= dict(generator=generator, output_type="latent", checkpoint=kept.checkpoint(checkpoint, text))
-    with kept.until_done("upscale"):
+    leads = ranks is None or ranks.rank == 0
+    with kept.until_done("upscale") if leads else contextlib.nullcontext():
         latents = kept.finished()
         if latents is None:
-            latents = pipe.upscale(image, scale, prompt, **settings).images
-        finish(pipe, latents.to(pipe.device, pipe.unet.dtype), output, text, force)
+            latents = pipe.upscale(image, scale, prompt, group=ranks, **settings).images
+        if leads:
+            finish(pipe, latents.to(pipe.device, pipe.unet.dtype), output, text, force)
 
 
 def _evaluations(pipe, sizes, settings):

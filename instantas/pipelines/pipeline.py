@@ -13,6 +13,7 @@ import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 from diffusers.pipelines.stable_diffusion_xl import StableDiffusionXLPipelineOutput
+from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 
 from instantas.checks import real
@@ -45,6 +46,7 @@ from instantas.regions.prompts import PipelineEncoder
 from instantas.sampling import coarse
 from instantas.sampling.bridging import bridge
 from instantas.sampling.checkpoint import Checkpoint
+from instantas.sampling.parallel import shared
 from instantas.sampling.sampler import check_interval, check_settings, sample, set_timesteps
 
 
@@ -67,6 +69,7 @@ class InstantASPipeline(Tasks):
     """
 
     @torch.no_grad()
+    @shared
     def __call__(
         self,
         prompt: str | list[str] | None = None,
@@ -126,6 +129,7 @@ class InstantASPipeline(Tasks):
         denoising_end: float | None = None,
         original_inference_steps: int | None = None,
         checkpoint: str | os.PathLike | Checkpoint | None = None,
+        group: Any = None,
         **unknown: Any,
     ) -> Any:
         """Paint pictures. What is not listed is diffusers' and means the same.
@@ -183,6 +187,8 @@ class InstantASPipeline(Tasks):
             checkpoint: file in which the run is kept after every step, and from which the same call, generators newly
                 seeded, goes on to the same picture (`instantas.sampling.checkpoint.Checkpoint`, to say more). What a
                 callback has changed is kept too; what it keeps for itself is not.
+            group: the processes that share the windows (`sampler.sample`): each calls with the same arguments and gets
+                the pictures. Generators and latents are rank 0's, the callback and the progress bar are there too.
 
         Returns:
             diffusers' output with `.images`; a tuple without `return_dict`.
@@ -275,6 +281,8 @@ class InstantASPipeline(Tasks):
                 )
             check_settings(pictures, guidance_rescale, eta, generator)
             check_interval(guidance_interval)
+            if group:
+                group.seeded(generator, pipe._execution_device)
             if source is None:
                 start = Start(self._noise(pictures, plan, generator, latents))
             else:
@@ -312,8 +320,10 @@ class InstantASPipeline(Tasks):
             cells = None if known is None else known.cells
             evaluated = functools.partial(coarse.evaluations, bridging, legs, painted=cells)
             paint = self._denoiser(method, prompts, conditions, region_map, region_mode, noise, generator, how)
-            with paint as denoiser, pipe.progress_bar(total=steps if cuda_graph else pictures * evaluated()) as bar:
-                bar.unit = "step" if cuda_graph else "window"
+            unit, total = ("step", steps) if cuda_graph or group else ("window", pictures * evaluated())
+            progress = logging.tqdm(disable=True) if group and group.rank else pipe.progress_bar(total=total)
+            with paint as denoiser, progress as bar:
+                bar.unit = unit
                 step_end = StepEnd(
                     self,
                     callback_on_step_end,
@@ -346,6 +356,7 @@ class InstantASPipeline(Tasks):
                     cuda_graph=cuda_graph,
                     callback=Shown(step_end, bar, steps),
                     checkpoint=checkpoint,
+                    group=group,
                 )
             result = result if step_end.denoised is None else step_end.denoised
             images, flagged = self._decoded(result, size, wrap, output_type, generator, source=source)

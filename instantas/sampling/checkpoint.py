@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import traceback
 import warnings
@@ -16,7 +17,7 @@ from instantas import __version__
 from instantas.checks import integer
 from instantas.files import check_writable, remove_parts, whole_file
 from instantas.sampling.evaluator import out_of_memory
-from instantas.sampling.fingerprint import differing, digests
+from instantas.sampling.fingerprint import differing
 from instantas.sampling.schedulers import copied, step_keywords
 
 
@@ -47,7 +48,6 @@ class Checkpoint:
             raise TypeError(f"checkpoint: expected a path, got {type(self.path).__name__}")
         if self.every is not None:
             integer("every", self.every, 1, expected="a positive integer or None")
-        check_writable(self.path, name="checkpoint")
 
     @classmethod
     def of(cls, given: Any) -> Checkpoint | None:
@@ -69,13 +69,17 @@ def read(path: str | os.PathLike, device: torch.device | str = "cpu") -> dict[st
     Raises:
         ValueError: for a file that is none, and for one of another version of this library.
     """
-
-    def placed(storage, location):
-        return storage if location == "cpu" else storage.to(device=torch.device(device))
-
     try:
-        saved = torch.load(path, map_location=placed, weights_only=True)
-    except Exception as error:  # of the file system, of zip files, of unpickling what is not allowed
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise ValueError(f"checkpoint: expected one that a run has kept, got {os.fspath(path)!r} ({error})") from error
+    return _read(content, path, device)
+
+
+def _read(content, path, device):
+    try:
+        saved = unpacked(content, device)
+    except Exception as error:  # of zip files, of unpickling what is not allowed
         said = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"checkpoint: expected one that a run has kept, got {os.fspath(path)!r} ({said})") from error
     if not isinstance(saved, dict) or "version" not in saved:
@@ -85,12 +89,28 @@ def read(path: str | os.PathLike, device: torch.device | str = "cpu") -> dict[st
     return saved | {"canvas": saved["state"]["canvas"]}
 
 
+def packed(value: Any) -> bytes:
+    """Tensors, numbers and texts, in containers too, as bytes."""
+    content = io.BytesIO()
+    torch.save(value, content)
+    return content.getvalue()
+
+
+def unpacked(content: bytes, device: torch.device | str) -> Any:
+    """The inverse of `packed`, of nothing else; what was not on the CPU comes to a device."""
+
+    def placed(storage, location):
+        return storage if location == "cpu" else storage.to(device=torch.device(device))
+
+    return torch.load(io.BytesIO(content), map_location=placed, weights_only=True)
+
+
 class Recorder:
     """Keeps a run's state while its block goes on, and in the checkpoint's file; without a checkpoint, nothing.
 
     Args:
         checkpoint: where; None: nowhere.
-        arguments: what the run is told, by name.
+        run: digests of what the run is told, by name.
         steps: of the run.
         scheduler: whose steps the run takes; None: one that is only read, before the first.
         generators: that the run draws from; None among them: torch's own, of the device.
@@ -98,15 +118,17 @@ class Recorder:
             keep.
         eta: of the scheduler's steps.
         overwritten: whether steps write over the state before.
+        ranks: the processes that share the run (`parallel.Ranks`): rank 0 has the file.
 
     Raises:
         TypeError: for a scheduler whose state cannot be kept.
+        ValueError: for a file that cannot be written.
     """
 
     def __init__(
         self,
         checkpoint: Checkpoint | None,
-        arguments: Mapping[str, Any],
+        run: Mapping[str, str],
         steps: int,
         device: torch.device,
         *,
@@ -115,14 +137,18 @@ class Recorder:
         callback: Any = None,
         eta: float = 0.0,
         overwritten: bool = False,
+        ranks: Any = None,
     ):
-        self.checkpoint = checkpoint
+        self.checkpoint, self.ranks = checkpoint, ranks
         if checkpoint is None:
             return
         self.steps, self.device, self.scheduler, self.generators = steps, device, scheduler, generators
         self.callback, self.overwritten = callback, overwritten
-        self.run, self.begun_with = digests(arguments), dict(vars(scheduler)) if scheduler is not None else {}
+        self.run, self.begun_with = dict(run), dict(vars(scheduler)) if scheduler is not None else {}
+        self.writes = ranks is None or ranks.rank == 0
         self.last: dict[str, Any] | None = None
+        if self.writes:
+            check_writable(checkpoint.path, name="checkpoint")
         if scheduler is not None:
             _check_steps(scheduler, eta)
 
@@ -135,10 +161,10 @@ class Recorder:
         if self.checkpoint is None:
             return state, 0
         path = Path(self.checkpoint.path)
-        remove_parts(path)
-        if not path.exists():
+        content = self._content() if self.ranks is None else self.ranks.first(self._content)
+        if content is None:
             return state, 0
-        saved = read(path, self.device)
+        saved = _read(content, path, self.device)
         if others := differing(self.run, saved["run"]):
             names = ", another ".join(others)
             raise ValueError(f"checkpoint: expected one of this run, got {str(path)!r} of one with another {names}")
@@ -153,7 +179,7 @@ class Recorder:
 
     def keep(self, state: Any, done: int, *, last: bool = False) -> None:
         """The state after a step, which is written if it is its turn, or the last."""
-        if self.checkpoint is None:
+        if self.checkpoint is None or not self.writes:
             return
         tensors = {field.name: getattr(state, field.name) for field in fields(state)}
         if self.overwritten:
@@ -167,6 +193,11 @@ class Recorder:
         )
         if last or done == self.steps or (self.checkpoint.every and done % self.checkpoint.every == 0):
             self._write()
+
+    def _content(self):
+        path = Path(self.checkpoint.path)
+        remove_parts(path)
+        return path.read_bytes() if path.exists() else None
 
     def _write(self):
         checkpoint, kept = self.checkpoint, self.last

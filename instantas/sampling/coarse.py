@@ -160,7 +160,7 @@ def begun(
     """
     before = runs[0]
     size = before.plan.height, before.plan.width
-    x = carry(latents, size, before.plan.wrap)
+    x, ended = carry(latents, size, before.plan.wrap), list[bool]()
     for number, (leg, after) in enumerate(zip(runs, runs[1:])):
         wider = after.plan.height, after.plan.width
         clean = sample(
@@ -170,9 +170,12 @@ def begun(
             begin=leg.begin,
             weight=leg.plan.weight("linear").to(x.device) if leg.plan.overlap else None,
             guidance_scale=_fitted(guidance_scale, leg.plan),
-            callback=_told(callback, sum(run.steps for run in runs[:number]), latents.shape[2:], leg.plan.wrap),
+            callback=_told(callback, sum(run.steps for run in runs[:number]), ended),
             **settings,
         )
+        group = settings.get("group")
+        if ended if group is None else group.first(lambda: ended):  # the callback is rank 0's
+            raise Interrupted(_enlarged(clean, latents.shape[2:], leg.plan.wrap))
         x = with_detail(clean, wider, after.plan.wrap, settings["generator"])
         x = noised(after.scheduler, x, normal(x, settings["generator"]), after.begin or 0)
     return x
@@ -309,8 +312,13 @@ def _fitted(guidance, plan):
     return guidance
 
 
-def _told(callback, before, size, wrap):
-    """The callback on a smaller canvas: what ends the run is carried to the size of the last."""
+def _enlarged(latents, size, wrap):
+    """Latents of a smaller canvas, carried to a size as bright as they are."""
+    return carry(latents, size, wrap) * math.sqrt(size[0] * size[1] / (latents.shape[-2] * latents.shape[-1]))
+
+
+def _told(callback, before, ended):
+    """The callback on a smaller canvas; `ended` gets an entry when it ends the run."""
     if callback is None:
         return None
     counted = counted_from(callback, before)
@@ -319,9 +327,8 @@ def _told(callback, before, size, wrap):
     def told(step, timestep, latents, **more):
         try:
             return counted(step, timestep, latents, **more)
-        except StopIteration as stop:
-            given = latents if stop.value is None else stop.value
-            enlarged = math.sqrt(size[0] * size[1] / (given.shape[-2] * given.shape[-1]))
-            raise Interrupted(carry(given, size, wrap) * enlarged) from None
+        except StopIteration:
+            ended.append(True)
+            raise
 
     return told

@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 
+from instantas import ops
 from instantas.checks import integer
+from instantas.windows import WindowPlan
 
 WINDOW_BATCH_SIZE = 4  # windows in one call when the caller does not say: bounds memory whatever the canvas
 
@@ -87,6 +89,10 @@ class Evaluator:
         if not callable(denoiser):
             raise TypeError(f"denoiser: expected a function, got {type(denoiser).__name__}")
         self.denoiser, self.batches = denoiser, Batches(batch)
+
+    def gather(self, canvas: torch.Tensor, plan: WindowPlan, context: Any) -> torch.Tensor:
+        """(m, C, h, w), the windows to be evaluated, of a canvas (B, C, H, W)."""
+        return ops.gather_windows(canvas, plan).flatten(0, 1)
 
     def __call__(self, windows: torch.Tensor, context: Any) -> list[Any]:
         """[cond, uncond or None] of windows (m, C, h, w); context: the `sampler.StepContext` with all their rows.

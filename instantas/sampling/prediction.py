@@ -80,6 +80,7 @@ def predict(
     weight: torch.Tensor | None,
     context: Any,
     scale: torch.Tensor | None = None,
+    gather: Callable | None = None,
 ) -> Prediction:
     """The network's predictions for the windows of a step.
 
@@ -88,14 +89,16 @@ def predict(
         canvas: (B, C, H, W), `scale` times which is what the network sees.
         weight: overlap weight of the windows.
         context: `sampler.StepContext`, which has the windows and the view that they are cut from.
+        gather: function of (canvas or what the view makes of it, plan, context) that gives those that this process
+            evaluates, of which `evaluate` gives all; None: all of them.
     """
     plan, view = context.plan, context.view
     if not plan.count:
         return Prediction(canvas.new_empty(len(canvas), 0, canvas.shape[1], *plan.window), None, plan)
-    windows = ops.gather_windows(canvas if view is None else view.apply(canvas), plan)
-    windows = windows if scale is None else windows * scale
-    predicted = evaluate(windows.flatten(0, 1), context)
-    branches = [p.unflatten(0, windows.shape[:2]) for p in predicted if p is not None]
+    seen = canvas if view is None else view.apply(canvas)
+    windows = ops.gather_windows(seen, plan).flatten(0, 1) if gather is None else gather(seen, plan, context)
+    predicted = evaluate(windows if scale is None else windows * scale, context)
+    branches = [p.unflatten(0, (len(canvas), plan.count)) for p in predicted if p is not None]
     if view is None:
         return Prediction(branches[0], branches[1] if len(branches) > 1 else None, plan, weight)
     cond, *uncond = (view.invert(ops.scatter_windows(p, plan)) for p in branches)

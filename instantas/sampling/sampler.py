@@ -22,9 +22,11 @@ from instantas.sampling.bridging import Bridge, Stage, View, bridge, limited
 from instantas.sampling.checkpoint import Checkpoint, Recorder
 from instantas.sampling.coarse import CoarseStart
 from instantas.sampling.evaluator import Evaluator
+from instantas.sampling.fingerprint import digests
 from instantas.sampling.graphs import StepGraphs
 from instantas.sampling.known import Known, Restorer
 from instantas.sampling.noise import Level, levels
+from instantas.sampling.parallel import SharedEvaluator, call_back, shared
 from instantas.sampling.prediction import Prediction, predict
 from instantas.sampling.schedulers import begin_at, noise_after, probe, step_keywords
 from instantas.windows import WindowPlan
@@ -74,6 +76,7 @@ class StepContext:
         return replace(self, rows=self.rows[some], pictures=self.pictures[some], origins=self.origins[some])
 
 
+@shared
 def sample(
     denoiser: Callable,
     latents: torch.Tensor,
@@ -97,6 +100,7 @@ def sample(
     cuda_graph: bool = False,
     callback: Callable | None = None,
     checkpoint: str | os.PathLike | Checkpoint | None = None,
+    group: Any = None,
 ) -> torch.Tensor:
     """Denoise a canvas of any size through the windows of a plan.
 
@@ -150,14 +154,19 @@ def sample(
         checkpoint: file in which the run is kept after every step (`instantas.sampling.checkpoint`, to say more), and
             from which it goes on, to the same bits, if it is there. What tells a denoiser from another is what its
             method `fingerprint` gives, names and values, if it has one. No gradients pass a file.
+        group: the processes that share the windows: of torch.distributed, a DeviceMesh of one dimension, True for all,
+            or `parallel.Ranks`. All call with the same arguments, latents and generators being rank 0's, and get the
+            latents that one process gets, bit for bit. The callback is rank 0's, and so is the checkpoint's file. With
+            fewer batches than processes some have nothing to do: see `window_batch_size`. No gradients pass between.
 
     Returns:
         (B, C, H, W) latents, of the dtype given.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came, before the denoiser is called.
+        PeerError: where another process has failed or is gone, naming it and its reason.
     """
-    evaluate = Evaluator(denoiser, window_batch_size)
+    evaluate = SharedEvaluator(denoiser, window_batch_size, group) if group else Evaluator(denoiser, window_batch_size)
     bridging, start, checkpoint = bridge(bridging), coarse.start_of(start), Checkpoint.of(checkpoint)
     _check_run(latents, plan)
     check_settings(len(latents), 0.0 if callable(guidance_rescale) else guidance_rescale, eta, generator)
@@ -179,7 +188,7 @@ def sample(
     noise_levels = _levels(scheduler, stages, begin)
     _check_step(latents, [(Stage(plan), weight), *stages], 1.0 if callable(guidance_scale) else guidance_scale)
     recurrence = probe(scheduler, eta, begin)
-    _check_graph(cuda_graph, latents, scheduler, recurrence, (guidance_scale, guidance_rescale))
+    _check_graph(cuda_graph, latents, scheduler, recurrence, (guidance_scale, guidance_rescale), group)
 
     update = _LinearUpdate(recurrence) if recurrence else _SchedulerUpdate(scheduler, generator, eta, begin)
     reuse = any(stage.plan.partial for stage, _ in stages)
@@ -188,25 +197,36 @@ def sample(
     steps = _steps(latents, timesteps, stages, noise_levels, recurrence, interval)
     told = {} if callback is None or "denoised" not in inspect.signature(callback).parameters else {"denoised": None}
     deviation = 1.0 if from_picture else getattr(scheduler, "init_noise_sigma", 1.0)
-    arguments = dict(
-        latents=latents,
-        plan=[(s.plan, w, s.view) for s, w in stages],
-        scheduler=scheduler,
-        timesteps=timesteps,
-        guidance_scale=guidance_scale,
-        guidance_rescale=guidance_rescale,
-        guidance_interval=interval,
-        eta=eta,
-        generator=generator,
-        bridging=bridging,
-        start=start,
-        denoiser=denoiser,
-        known=None if known is None else (known.latents, known.noise, known.painted, known.told),
-    )
-    arguments |= getattr(denoiser, "fingerprint", dict)()
+    run = {}
+    if group or checkpoint:
+        run = digests(
+            dict(
+                latents=(latents.shape, latents.dtype),
+                plan=[(s.plan, w, s.view) for s, w in stages],
+                scheduler=scheduler,
+                timesteps=timesteps,
+                guidance_scale=guidance_scale,
+                guidance_rescale=guidance_rescale,
+                guidance_interval=interval,
+                eta=eta,
+                generator=len(generator) if isinstance(generator, list) else generator is None,
+                bridging=bridging,
+                start=start,
+                denoiser=denoiser,
+                known=None if known is None else (known.latents, known.noise, known.painted, known.told),
+            )
+            | getattr(denoiser, "fingerprint", dict)()
+        )
+    if group:
+        ways = dict(window_batch_size=evaluate.batches.size, callback=callback is None, checkpoint=checkpoint is None)
+        group.same(run | digests(ways))
+        group.seeded(generator, latents.device)
+        latents = group.broadcast(latents)
+    if checkpoint:
+        run |= digests(dict(latents=latents, generator=generator))
     recorder = Recorder(
         checkpoint,
-        arguments,
+        run,
         len(steps),
         latents.device,
         scheduler=update.scheduler,
@@ -214,16 +234,17 @@ def sample(
         callback=callback,
         eta=eta,
         overwritten=cuda_graph,
+        ranks=group,
     )
     latest = known.prediction(noise_levels[0]).to(latents.dtype) if known is not None and reuse else None
     state, done = recorder.resume(State(latents * deviation, update.history(latents), latest))
     if before and not done:
         settings: dict[str, Any] = dict(guidance_rescale=guidance_rescale, guidance_interval=interval, eta=eta)
         settings |= dict(generator=generator, window_batch_size=window_batch_size, bridging=bridging)
-        settings["cuda_graph"] = cuda_graph
-        run = functools.partial(sample, denoiser)
+        settings |= dict(cuda_graph=cuda_graph, group=group)
+        begin_smaller = functools.partial(sample, denoiser)
         try:
-            begun = coarse.begun(run, latents, [*before, last], guidance_scale, callback, **settings)
+            begun = coarse.begun(begin_smaller, latents, [*before, last], guidance_scale, callback, **settings)
         except coarse.Interrupted as stop:
             return stop.latents
         state = replace(state, canvas=begun)
@@ -238,15 +259,15 @@ def sample(
                 denoised = denoised if denoised is None else restored.denoised(step.context.step, denoised)
             if callback is not None:
                 told = {name: denoised for name in told}
-                try:
-                    canvas = state.canvas.clone() if cuda_graph else state.canvas
-                    replaced = callback(step.context.step, t, canvas, **told)
-                except StopIteration as stop:
-                    stopped, replaced = True, stop.value
+                call = call_back if group is None else group.call_back
+                canvas = state.canvas.clone() if cuda_graph else state.canvas
+                replaced, stopped = call(callback, step.context.step, t, canvas, **told)
                 state = state if replaced is None else replace(state, canvas=replaced)
             recorder.keep(state, step.context.step + 1, last=stopped)
             if stopped:
                 break
+    if group:
+        group.check(state.canvas)
     return state.canvas
 
 
@@ -293,7 +314,7 @@ class _Advance:
         stage, context, latest = step.stage, step.context, state.latest
         guidance, rescale = (v(context) if callable(v) else v for v in (self.guidance, self.rescale))
         canvas, scale = self.update.scale(state.canvas, step)
-        predicted = predict(self.evaluate, canvas, step.weight, context, scale)
+        predicted = predict(self.evaluate, canvas, step.weight, context, scale, self.evaluate.gather)
         if not context.plan.count and latest is not None and len(latest) == 2:
             predicted = replace(predicted, uncond=predicted.cond)
         if guidance is None or not context.guided:
@@ -531,8 +552,10 @@ def _evaluations(number, timesteps):
     return timesteps if number is None else number
 
 
-def _check_graph(cuda_graph, latents, scheduler, recurrence, guidance=()):
-    if flag("cuda_graph", cuda_graph) and latents.device.type != "cuda":
+def _check_graph(cuda_graph, latents, scheduler, recurrence, guidance=(), group=None):
+    if flag("cuda_graph", cuda_graph) and group:
+        raise ValueError("cuda_graph: expected False with a group, for whose exchange the host waits, got True")
+    if cuda_graph and latents.device.type != "cuda":
         raise ValueError(f"cuda_graph: expected False for latents that are not on a CUDA device, got {latents.device}")
     if cuda_graph and recurrence is None:
         raise ValueError(
