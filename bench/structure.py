@@ -32,7 +32,7 @@ from bench.quality import (
 from instantas import InstantASPipeline, demo
 from instantas.files import whole_file
 from instantas.sampling import coarse
-from instantas.sampling.sampler import set_timesteps
+from instantas.sampling.settings import set_timesteps
 
 SIDE, CELL = 128, 8  # of a native window, of a latent cell, in pixels
 PROMPTS = (

@@ -26,7 +26,7 @@ from instantas.regions import SCHEDULES, Region, RegionMap
 from instantas.sampling import coarse
 from instantas.sampling.bridging import BRIDGES, DEFAULT
 from instantas.sampling.coarse import STARTS
-from instantas.sampling.sampler import set_timesteps
+from instantas.sampling.settings import set_timesteps
 
 STRENGTH = 0.8  # as in diffusers' img2img
 

@@ -21,7 +21,7 @@ from instantas.cli.pictures import check_output, check_size, read_picture
 from instantas.cli.processes import processes
 from instantas.cli.record import record
 from instantas.sampling.bridging import DEFAULT, evaluations
-from instantas.sampling.sampler import set_timesteps
+from instantas.sampling.settings import set_timesteps
 
 
 @click.command()

@@ -30,7 +30,7 @@ from instantas.regions import RegionMap, check_blend, region_lists
 from instantas.regions.prompts import PipelineEncoder, PromptBank, adapters, text_encoders, warn_of_cut
 from instantas.regions.weights import Place, PromptWeights
 from instantas.sampling.bridging import View
-from instantas.sampling.sampler import StepContext
+from instantas.sampling.step import StepContext
 from instantas.windows import WindowPlan
 
 EDITING = (StableDiffusionInstructPix2PixPipeline, StableDiffusionXLInstructPix2PixPipeline)
@@ -97,7 +97,7 @@ class RegionalPrompts:
         self._place = Place(plan, rows, plan.tables(device).origins[rows[:, 1].to(device)], progress, view)
 
     def set_step(self, context: StepContext) -> None:
-        """As `set_windows`, of the windows of a `sampler.StepContext`; waits for no device."""
+        """As `set_windows`, of the windows of a `step.StepContext`; waits for no device."""
         origins: Any = context.origins
         progress = context.step / context.steps
         self.regions = self._given.at(context.size)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from instantas.pipelines.callbacks import StepEnd
-from instantas.sampling.sampler import StepContext
+from instantas.sampling.step import StepContext
 
 
 class Counted:

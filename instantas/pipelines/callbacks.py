@@ -12,7 +12,7 @@ from instantas.checks import real
 from instantas.pipelines.denoiser import WindowDenoiser
 from instantas.regions import RegionMap
 from instantas.sampling.known import Known
-from instantas.sampling.sampler import StepContext
+from instantas.sampling.step import StepContext
 from instantas.windows import WindowPlan
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from instantas.pipelines.arguments import is_xl
 from instantas.regions.prompts import EMBEDDING
-from instantas.sampling.sampler import StepContext
+from instantas.sampling.step import StepContext
 
 
 @dataclass(frozen=True)

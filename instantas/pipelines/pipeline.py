@@ -47,7 +47,8 @@ from instantas.sampling import coarse
 from instantas.sampling.bridging import bridge
 from instantas.sampling.checkpoint import Checkpoint
 from instantas.sampling.parallel import shared
-from instantas.sampling.sampler import check_interval, check_settings, sample, set_timesteps
+from instantas.sampling.sampler import sample
+from instantas.sampling.settings import check_interval, check_settings, set_timesteps
 
 
 class InstantASPipeline(Tasks):

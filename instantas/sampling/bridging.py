@@ -81,7 +81,7 @@ class Stage:
             that none of them covers, of a partial plan, re-use the latest prediction made there, carried to the step's
             noise level. That of the first step covers all.
         weight: overlap weight of the windows; None: the run's own.
-        adjust: function of (prediction, sample, context), all (B, C, H, W) but the `sampler.StepContext`, that returns
+        adjust: function of (prediction, sample, context), all (B, C, H, W) but the `step.StepContext`, that returns
             the merged and guided prediction to use.
         view: what the windows are cut from; None: the canvas itself. The windows of a view cover it.
     """

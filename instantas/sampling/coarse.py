@@ -133,7 +133,9 @@ def legs(start: CoarseStart | None, plan: WindowPlan, scheduler: Any, end: int |
     return [*found, last]
 
 
-def evaluations(bridge: str | bridging.Bridge | None, runs: list[Leg], first: int | None = None, **settings) -> int:
+def evaluations(
+    bridge: str | bridging.Bridge | None, runs: list[Leg], first: int | None = None, **settings: Any
+) -> int:
     """Windows evaluated in all runs of `legs`, for one picture and one branch of guidance: `bridging.evaluations`.
 
     first: those until so many steps of the last run are done; None: all.
@@ -145,7 +147,12 @@ def evaluations(bridge: str | bridging.Bridge | None, runs: list[Leg], first: in
 
 
 def begun(
-    sample: Callable, latents: torch.Tensor, runs: list[Leg], guidance_scale: Any, callback: Callable | None, **settings
+    sample: Callable,
+    latents: torch.Tensor,
+    runs: list[Leg],
+    guidance_scale: Any,
+    callback: Callable | None,
+    **settings: Any,
 ) -> torch.Tensor:
     """What the last leg begins with, (B, C, H, W) with its timestep's noise: runs the legs before it.
 

@@ -95,7 +95,7 @@ class Evaluator:
         return ops.gather_windows(canvas, plan).flatten(0, 1)
 
     def __call__(self, windows: torch.Tensor, context: Any) -> list[Any]:
-        """[cond, uncond or None] of windows (m, C, h, w); context: the `sampler.StepContext` with all their rows.
+        """[cond, uncond or None] of windows (m, C, h, w); context: the `step.StepContext` with all their rows.
 
         Raises:
             ValueError: for predictions of another shape, or with uncond for a part of the windows.

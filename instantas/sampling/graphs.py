@@ -43,9 +43,9 @@ class StepGraphs:
     written over by every step.
 
     Args:
-        advance: function of (state, step) that gives the next state (`sampler.State`, `sampler.Step`).
+        advance: function of (state, step) that gives the next state (`step.State`, `step.Step`).
         steps: of the run, or the rest of them.
-        phase: function of a `sampler.StepContext`; steps for which it differs are not alike. For a denoiser that does
+        phase: function of a `step.StepContext`; steps for which it differs are not alike. For a denoiser that does
             something else on the host from some step on.
     """
 

@@ -88,7 +88,7 @@ def predict(
         evaluate: function of (windows (m, C, h, w), context), as `evaluator.Evaluator`. Not called for no window.
         canvas: (B, C, H, W), `scale` times which is what the network sees.
         weight: overlap weight of the windows.
-        context: `sampler.StepContext`, which has the windows and the view that they are cut from.
+        context: `step.StepContext`, which has the windows and the view that they are cut from.
         gather: function of (canvas or what the view makes of it, plan, context) that gives those that this process
             evaluates, of which `evaluate` gives all; None: all of them.
     """

@@ -10,70 +10,37 @@ import functools
 import inspect
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from instantas import ops
-from instantas.checks import flag, integer, positive, real
 from instantas.sampling import coarse
-from instantas.sampling.bridging import Bridge, Stage, View, bridge, limited
+from instantas.sampling.bridging import Bridge, Stage, bridge
 from instantas.sampling.checkpoint import Checkpoint, Recorder
 from instantas.sampling.coarse import CoarseStart
 from instantas.sampling.evaluator import Evaluator
 from instantas.sampling.fingerprint import digests
 from instantas.sampling.graphs import StepGraphs
 from instantas.sampling.known import Known, Restorer
-from instantas.sampling.noise import Level, levels
 from instantas.sampling.parallel import SharedEvaluator, call_back, shared
-from instantas.sampling.prediction import Prediction, predict
-from instantas.sampling.schedulers import begin_at, noise_after, probe, step_keywords
+from instantas.sampling.schedulers import noise_after, probe
+from instantas.sampling.settings import (
+    beside,
+    check_graph,
+    check_interval,
+    check_run,
+    check_settings,
+    check_step,
+    checked_begin,
+    checked_evaluations,
+    evaluated_cells,
+    levels_of,
+    set_timesteps,
+    stages_of,
+)
+from instantas.sampling.step import Advance, LinearUpdate, SchedulerUpdate, State, steps_of
 from instantas.windows import WindowPlan
-
-
-@dataclass(frozen=True)
-class StepContext:
-    """What a denoiser may want to know about the windows it is given.
-
-    Attributes:
-        step, steps: index of the evaluation and how many there are (second-order schedulers evaluate twice a step).
-        timestep: the scheduler's timestep, 0-dimensional, on the latents' device.
-        plan: the windows of this step.
-        rows: (m, 2) int64 on the CPU, the (picture, window) of each window given.
-        level: the step's noise level, and what is predicted; None for a scheduler whose levels are not known. With
-            `cuda_graph` its numbers may be tensors.
-        pictures: (m,) int64 on the latents' device, the picture of each window given.
-        origins: (m, 2) int32 on the latents' device, the (y, x) of each.
-        view: what they are cut from (`bridging.View`, for masks to be seen through too); None: the canvas.
-        guided: whether the unconditional prediction counts at this step (`guidance_interval`); where it does not, a
-            denoiser may save it.
-        captured: whether the call is captured in a CUDA graph. The tensors on the device then are of the step that is
-            replayed, and all else is of one step for several, whose pictures are the same and whose windows may lie
-            elsewhere.
-    """
-
-    step: int
-    steps: int
-    timestep: torch.Tensor
-    plan: WindowPlan
-    rows: torch.Tensor
-    level: Level | None
-    pictures: torch.Tensor
-    origins: torch.Tensor
-    view: View | None = None
-    guided: bool = True
-    captured: bool = False
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """(rows, columns) of the canvas, which may be a smaller one than the run's (`coarse.CoarseStart`)."""
-        plan = self.plan if self.view is None else self.view.whole
-        return plan.height, plan.width
-
-    def subset(self, some: slice) -> StepContext:
-        """The context of a part of the windows."""
-        return replace(self, rows=self.rows[some], pictures=self.pictures[some], origins=self.origins[some])
 
 
 @shared
@@ -168,7 +135,7 @@ def sample(
     """
     evaluate = SharedEvaluator(denoiser, window_batch_size, group) if group else Evaluator(denoiser, window_batch_size)
     bridging, start, checkpoint = bridge(bridging), coarse.start_of(start), Checkpoint.of(checkpoint)
-    _check_run(latents, plan)
+    check_run(latents, plan)
     check_settings(len(latents), 0.0 if callable(guidance_rescale) else guidance_rescale, eta, generator)
     interval = check_interval(guidance_interval)
     set_timesteps(scheduler, num_inference_steps, timesteps, latents.device)
@@ -178,23 +145,23 @@ def sample(
     *before, last = coarse.legs(start, plan, scheduler, evaluations)
     if before:
         begin, evaluations = last.begin, last.steps
-    from_picture, begin = begin is not None, _begin(begin or 0, len(scheduler.timesteps))
+    from_picture, begin = begin is not None, checked_begin(begin or 0, len(scheduler.timesteps))
     timesteps = scheduler.timesteps[begin:]
-    timesteps = timesteps[: _evaluations(evaluations, len(timesteps))]
-    stages = _stages(bridging, plan, len(timesteps), weight, latents.device)
+    timesteps = timesteps[: checked_evaluations(evaluations, len(timesteps))]
+    stages = stages_of(bridging, plan, len(timesteps), weight, latents.device)
     if known is not None:
-        stages = _beside(known, stages, latents)
+        stages = beside(known, stages, latents)
         restored = Restorer(known, noise_after(scheduler, begin, len(stages)), [stage for stage, _ in stages])
-    noise_levels = _levels(scheduler, stages, begin)
-    _check_step(latents, [(Stage(plan), weight), *stages], 1.0 if callable(guidance_scale) else guidance_scale)
+    noise_levels = levels_of(scheduler, stages, begin)
+    check_step(latents, [(Stage(plan), weight), *stages], 1.0 if callable(guidance_scale) else guidance_scale)
     recurrence = probe(scheduler, eta, begin)
-    _check_graph(cuda_graph, latents, scheduler, recurrence, (guidance_scale, guidance_rescale), group)
+    check_graph(cuda_graph, latents, scheduler, recurrence, (guidance_scale, guidance_rescale), group)
 
-    update = _LinearUpdate(recurrence) if recurrence else _SchedulerUpdate(scheduler, generator, eta, begin)
+    update = LinearUpdate(recurrence) if recurrence else SchedulerUpdate(scheduler, generator, eta, begin)
     reuse = any(stage.plan.partial for stage, _ in stages)
-    evaluated = None if known is None else _evaluated(known, plan)
-    advance: Callable = _Advance(evaluate, update, guidance_scale, guidance_rescale, plan, reuse, evaluated)
-    steps = _steps(latents, timesteps, stages, noise_levels, recurrence, interval)
+    evaluated = None if known is None else evaluated_cells(known, plan)
+    advance: Callable = Advance(evaluate, update, guidance_scale, guidance_rescale, plan, reuse, evaluated)
+    steps = steps_of(latents, timesteps, stages, noise_levels, recurrence, interval)
     told = {} if callback is None or "denoised" not in inspect.signature(callback).parameters else {"denoised": None}
     deviation = 1.0 if from_picture else getattr(scheduler, "init_noise_sigma", 1.0)
     run = {}
@@ -269,307 +236,3 @@ def sample(
     if group:
         group.check(state.canvas)
     return state.canvas
-
-
-@dataclass(frozen=True)
-class State:
-    """What goes from step to step: the canvas (B, C, H, W), the scheduler's history (k, B, C, H, W), and where
-    predictions are re-used the latest of each cell (branches of guidance, B, C, H, W), as `ops.guided_step` keeps them.
-    """
-
-    canvas: torch.Tensor
-    history: torch.Tensor | None = None
-    latest: torch.Tensor | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class Step:
-    """What one step does, with its numbers on the device.
-
-    Attributes:
-        context: of all windows.
-        weight: overlap weight.
-        carry: (2,) the form in which predictions are kept, of the canvas that `scale` has not multiplied.
-        coefficients, keep, scale: of `schedulers.Recurrence`; None for a scheduler that has none.
-    """
-
-    context: StepContext
-    stage: Stage
-    weight: torch.Tensor | None
-    carry: torch.Tensor
-    coefficients: torch.Tensor | None = None
-    keep: torch.Tensor | None = None
-    scale: torch.Tensor | None = None
-
-
-class _Advance:
-    """One step of a run: a function of (state, step) that gives the next state, and waits for no device."""
-
-    def __init__(self, evaluate, update, guidance, rescale, plan, reuse, evaluated):
-        self.evaluate, self.update, self.guidance, self.rescale = evaluate, update, guidance, rescale
-        self.whole = WindowPlan.minimum_coverage(plan.height, plan.width, (plan.height, plan.width))
-        self.reuse, self.evaluated = reuse, evaluated
-
-    def __call__(self, state: State, step: Step) -> State:
-        stage, context, latest = step.stage, step.context, state.latest
-        guidance, rescale = (v(context) if callable(v) else v for v in (self.guidance, self.rescale))
-        canvas, scale = self.update.scale(state.canvas, step)
-        predicted = predict(self.evaluate, canvas, step.weight, context, scale, self.evaluate.gather)
-        if not context.plan.count and latest is not None and len(latest) == 2:
-            predicted = replace(predicted, uncond=predicted.cond)
-        if guidance is None or not context.guided:
-            predicted = predicted.conditional()
-        if self.reuse:
-            predicted = predicted.kept(latest, step.carry, canvas)
-        if predicted.uncond is not None and rescale > 0:
-            guided, latest = predicted.merged(canvas, guidance)
-            cond = predicted.conditional().merged(canvas, 1.0)[0]
-            rescaled = _rescaled(guided, cond, rescale, self.evaluated)
-            predicted = Prediction.of_canvas(rescaled, None, self.whole)
-        if stage.adjust is not None:
-            merged, kept = predicted.merged(canvas, guidance)
-            latest = latest if kept is None else kept
-            noisy = canvas if scale is None else canvas * scale
-            predicted = Prediction.of_canvas(stage.adjust(merged, noisy, context), None, self.whole)
-        advanced, history, kept = self.update.step(predicted, guidance, canvas, state, step)
-        latest = latest if kept is None else kept
-        if latest is not None and state.latest is not None and len(latest) < len(state.latest):
-            latest = latest.expand_as(state.latest)  # guidance was off
-        return State(advanced, history, latest)
-
-
-def set_timesteps(
-    scheduler: Any,
-    num_inference_steps: int | None,
-    timesteps: Sequence[int] | None,
-    device: torch.device,
-    sigmas: Sequence[float] | None = None,
-    **settings: Any,
-) -> None:
-    """Set a number of steps or a list of timesteps or sigmas on the scheduler; none: keep those that it has."""
-    if isinstance(scheduler, type):
-        raise TypeError(
-            f"scheduler: expected an instance, got the class; {scheduler.__name__}.from_config(...) makes one"
-        )
-    for method in ("set_timesteps", "step"):
-        if not callable(getattr(scheduler, method, None)):
-            raise TypeError(f"scheduler: expected a diffusers scheduler, got {type(scheduler).__name__}")
-    ways: dict[str, Any] = dict(num_inference_steps=num_inference_steps, timesteps=timesteps, sigmas=sigmas)
-    given = [name for name, value in ways.items() if value is not None]
-    if len(given) > 1:
-        raise ValueError(f"{given[1]}: expected either {given[1]} or {given[0]}, got both")
-    accepted = inspect.signature(scheduler.set_timesteps).parameters
-    for name, value in (dict(timesteps=timesteps, sigmas=sigmas) | settings).items():
-        if value is not None and name not in accepted:
-            raise ValueError(f"{name}: expected None, as {type(scheduler).__name__} takes none, got {value}")
-    if timesteps is not None or sigmas is not None:
-        scheduler.set_timesteps(**{given[0]: list(ways[given[0]])}, device=device, **settings)
-    elif num_inference_steps is not None:
-        scheduler.set_timesteps(positive("num_inference_steps", num_inference_steps), device=device, **settings)
-    elif getattr(scheduler, "num_inference_steps", None) is None and not getattr(scheduler, "custom_timesteps", False):
-        raise ValueError("num_inference_steps: expected a number, as the scheduler has no timesteps set, got None")
-    elif getattr(scheduler, "step_index", None) is not None or getattr(scheduler, "counter", None):
-        raise ValueError("num_inference_steps: expected a number, as the scheduler has taken steps already, got None")
-    if not len(scheduler.timesteps):
-        raise ValueError("timesteps: expected at least one, got none")
-
-
-class _LinearUpdate:
-    """Merging, guidance and the scheduler's step in one pass, with coefficients that lie on the device.
-
-    scale: (canvas, by what it is to be multiplied for the network, or None for nothing). step: (the next canvas, its
-    history, the latest predictions), from the canvas that `scale` gave. scheduler: whose steps are taken; None: none's.
-    """
-
-    denoised = scheduler = None
-
-    def __init__(self, recurrence):
-        self.scaled, self.entries = bool((recurrence.input_scale != 1).any()), recurrence.history
-
-    def history(self, latents):
-        return latents.new_zeros(self.entries, *latents.shape) if self.entries else None
-
-    def scale(self, canvas, step):
-        return canvas, step.scale if self.scaled else None
-
-    def step(self, predicted, guidance, canvas, state, step):
-        return predicted.step(canvas, step.coefficients, guidance, step.keep, state.history)
-
-
-class _SchedulerUpdate:
-    """The scheduler's own step, once, on the merged prediction."""
-
-    def __init__(self, scheduler, generator, eta, begin):
-        begin_at(scheduler, begin)
-        self.scheduler, self.denoised = scheduler, None
-        self.keywords = step_keywords(scheduler, generator, eta)
-
-    def history(self, latents):
-        return None
-
-    def scale(self, canvas, step):
-        scale = getattr(self.scheduler, "scale_model_input", None)
-        return canvas if scale is None else scale(canvas, step.context.timestep).to(canvas.dtype), None
-
-    def step(self, predicted, guidance, canvas, state, step):
-        merged, latest = predicted.merged(canvas, guidance)
-        stepped = self.scheduler.step(merged, step.context.timestep, state.canvas, return_dict=False, **self.keywords)
-        self.denoised = stepped[1] if len(stepped) > 1 else None
-        return stepped[0].to(canvas.dtype), None, latest
-
-
-def _rescaled(guided, cond, share, evaluated):
-    whole = [each.flatten(2) for each in (cond, guided)]
-    some = whole if evaluated is None else [each[..., evaluated] for each in whole]
-    spread, guided_spread = (each.std((1, 2), keepdim=True)[..., None] for each in some)
-    return guided * (share * spread / guided_spread + 1 - share)
-
-
-def _beside(known, stages, latents):
-    """The stages of a run, without the windows that hold nothing to be painted."""
-    if not isinstance(known, Known):
-        raise TypeError(f"known: expected a Known, got {type(known).__name__}")
-    if known.latents.shape != latents.shape:
-        raise ValueError(f"known: expected latents {tuple(latents.shape)}, got {tuple(known.latents.shape)}")
-    some = limited([stage for stage, _ in stages], known.cells)
-    return [(stage, weight) for stage, (_, weight) in zip(some, stages)]
-
-
-def _evaluated(known, plan):
-    """(k,) int64, the cells of the windows of a plan that hold something to be painted; None: all cells."""
-    (rest,) = limited([Stage(plan)], known.cells)
-    if not rest.plan.partial or not rest.plan.count:
-        return None
-    return torch.from_numpy((rest.plan.coverage() > 0).ravel().nonzero()[0]).to(known.latents.device)
-
-
-def _steps(latents, timesteps, stages, noise_levels, recurrence, interval):
-    """All steps, with everything from the host copied before the first: the loop waits for no device."""
-    device, steps, like = latents.device, [], {}
-    numbers = recurrence and recurrence.to(device)
-    carry = torch.tensor([level.carry if level else (0.0, 1.0) for level in noise_levels], dtype=torch.float64)
-    if recurrence:
-        carry[:, 0] *= recurrence.input_scale[: len(carry)]
-    carry = carry.to(device)
-    for i, (t, level, (stage, weight)) in enumerate(zip(timesteps, noise_levels, stages)):
-        count = stage.plan.count
-        if count not in like:
-            rows = torch.cartesian_prod(torch.arange(len(latents)), torch.arange(count))
-            like[count] = rows, rows.to(device)
-        rows, placed = like[count]
-        if stage.view is not None:
-            stage.view.on(device)
-        pictures, origins = placed[:, 0], stage.plan.tables(device).origins[placed[:, 1]]
-        guided = interval[0] <= i / len(stages) < interval[1]
-        context = StepContext(i, len(stages), t, stage.plan, rows, level, pictures, origins, stage.view, guided)
-        step = Step(context, stage, weight, carry[i])
-        if recurrence:
-            table = numbers.coefficients[i], numbers.keep[i], numbers.input_scale[i]
-            step = replace(step, **dict(zip(("coefficients", "keep", "scale"), table)))
-        steps.append(step)
-    return steps
-
-
-def _stages(bridging, plan, steps, weight, device):
-    """(stage, overlap weight) of every step."""
-    weight = _tracked(weight)
-    if bridging is None:
-        return [(Stage(plan), weight)] * steps
-    stages = [bridging.step(i, steps, plan) for i in range(steps)]
-    for i, stage in enumerate(stages):
-        size, wanted = (stage.plan.height, stage.plan.width), (plan.height, plan.width)
-        if stage.view is not None:
-            wanted = (len(stage.view.rows), len(stage.view.columns))
-        if size != wanted:
-            raise ValueError(f"bridging: expected plans of {wanted[0]} x {wanted[1]} cells, got {size} at step {i}")
-        if stage.plan.partial and (i == 0 or stage.view is not None):
-            why = "there is nothing to re-use" if i == 0 else "a view is seen whole"
-            raise ValueError(f"bridging: expected every cell covered at step {i}, as {why}, got {stage.plan}")
-    return [(stage, weight if stage.weight is None else _tracked(stage.weight.to(device))) for stage in stages]
-
-
-def _tracked(weight):
-    """A weight that says whether it was changed, which an inference tensor does not: its values are read once."""
-    if not isinstance(weight, torch.Tensor) or not weight.is_inference():
-        return weight
-    with torch.inference_mode(False):
-        return weight.clone()
-
-
-def _levels(scheduler, stages, begin):
-    """The noise level of each step, None where nothing is known of it and nobody asks."""
-    found = levels(scheduler)
-    found = found and found[begin:]
-    if found is None and any(stage.adjust is not None for stage, _ in stages):
-        raise ValueError(
-            "bridging: expected a scheduler with alphas_cumprod or flow sigmas, as the bridge adjusts predictions, got "
-            f"{type(scheduler).__name__}"
-        )
-    return found or [None] * len(stages)
-
-
-def _check_run(latents, plan):
-    if not isinstance(plan, WindowPlan):
-        raise TypeError(f"plan: expected a WindowPlan, got {type(plan).__name__}")
-    if not isinstance(latents, torch.Tensor) or not latents.is_floating_point():
-        raise TypeError(
-            f"latents: expected a tensor of floats, got {getattr(latents, 'dtype', type(latents).__name__)}"
-        )
-    if latents.dim() != 4 or latents.shape[2:] != (plan.height, plan.width):
-        raise ValueError(f"latents: expected (B, C, {plan.height}, {plan.width}), got {tuple(latents.shape)}")
-
-
-def check_settings(pictures: int, guidance_rescale: Any, eta: Any, generator: Any) -> None:
-    """Refuse what `sample` cannot be called with; raises TypeError, ValueError."""
-    for name, value in (("guidance_rescale", guidance_rescale), ("eta", eta)):
-        real(name, value, 0, 1)
-    generators = generator if isinstance(generator, list) else [generator]
-    if wrong := [g for g in generators if not (g is None or isinstance(g, torch.Generator))]:
-        raise TypeError(f"generator: expected a torch.Generator or a list of them, got {type(wrong[0]).__name__}")
-    if isinstance(generator, list) and len(generator) != pictures:
-        raise ValueError(f"generator: expected one for each of {pictures} pictures, got {len(generator)}")
-
-
-def check_interval(interval: Any) -> tuple[float, float]:
-    """(start, end) with 0 <= start < end <= 1; raises TypeError, ValueError."""
-    if not isinstance(interval, (tuple, list)) or len(interval) != 2:
-        raise TypeError(f"guidance_interval: expected (start, end), got {interval!r}")
-    start, end = (real("guidance_interval", each, 0, 1) for each in interval)
-    if start >= end:
-        raise ValueError(f"guidance_interval: expected start < end, got {interval}")
-    return start, end
-
-
-def _begin(begin, timesteps):
-    if integer("begin", begin, 0) >= timesteps:
-        raise ValueError(f"begin: expected less than the scheduler's {timesteps} timesteps, got {begin}")
-    return begin
-
-
-def _evaluations(number, timesteps):
-    if number is not None and positive("evaluations", number) > timesteps:
-        raise ValueError(f"evaluations: expected at most the scheduler's {timesteps} timesteps, got {number}")
-    return timesteps if number is None else number
-
-
-def _check_graph(cuda_graph, latents, scheduler, recurrence, guidance=(), group=None):
-    if flag("cuda_graph", cuda_graph) and group:
-        raise ValueError("cuda_graph: expected False with a group, for whose exchange the host waits, got True")
-    if cuda_graph and latents.device.type != "cuda":
-        raise ValueError(f"cuda_graph: expected False for latents that are not on a CUDA device, got {latents.device}")
-    if cuda_graph and recurrence is None:
-        raise ValueError(
-            "cuda_graph: expected False with a scheduler that draws noise or is no short linear recurrence, got True "
-            f"with {type(scheduler).__name__}"
-        )
-    if cuda_graph and any(callable(value) for value in guidance):
-        raise ValueError("guidance_scale: expected a number with cuda_graph, got a function")
-
-
-def _check_step(latents, stages, guidance_scale):
-    """Run the canvas operations once on no picture at all: they check plan, weight and guidance scale."""
-    none = latents[:0]
-    for stage, weight in {(id(s.plan), id(w)): (s, w) for s, w in stages if s.view is None}.values():
-        windows, latest = ops.gather_windows(none, stage.plan), torch.stack([none, none])
-        numbers = (1.0, 0.0), guidance_scale
-        ops.guided_step(windows, windows, none, stage.plan, *numbers, weight=weight, latest=latest)

@@ -103,6 +103,6 @@ def recording() -> Iterator[list[Recorded]]:
     with (
         mock.patch.object(validation, "tracing", lambda tensor: Recorded.active or tracing(tensor)),
         mock.patch.object(graphs, "CudaGraph", capture),
-        mock.patch.object(sampler, "_check_graph", lambda *settings: None),
+        mock.patch.object(sampler, "check_graph", lambda *settings: None),
     ):
         yield made

@@ -222,7 +222,7 @@ def test_what_cannot_be_captured_is_refused(kind, cuda_graph, error, words):
 def test_a_scheduler_that_draws_noise_is_refused():
     latents = mock.Mock(device=torch.device("cuda"))
     with pytest.raises(ValueError, match="cuda_graph: expected False with a scheduler that draws noise"):
-        sampler._check_graph(True, latents, of("DDPM"), None)
+        sampler.check_graph(True, latents, of("DDPM"), None)
 
 
 def test_multidiffusion_of_regions_is_refused():

@@ -12,8 +12,9 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import resca
 
 from instantas.ops import validation
 from instantas.pipelines.pipeline import InstantASPipeline
-from instantas.sampling.sampler import StepContext, sample
+from instantas.sampling.sampler import sample
 from instantas.sampling.schedulers import step_keywords
+from instantas.sampling.step import StepContext
 from instantas.testing.tiny import WINDOW, scheduler, tiny_pipeline, unet
 from instantas.windows import WindowPlan
 
