@@ -103,7 +103,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(path, name):
         dict(where=WindowPlan.minimum_coverage(20, 48, 16, wrap=(False, True))),
         dict(callback=lambda step, timestep, latents: latents + step),
     ],
-    ids=str,
+    ids=", ".join,
 )
 def test_every_kind_of_run_can_be_stopped(path, settings):
     torch.manual_seed(7)
