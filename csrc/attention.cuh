@@ -180,7 +180,7 @@ __global__ void __launch_bounds__(MmaShape<DEPTH>::WARPS* WARP, MmaShape<DEPTH>:
   Softmax softmax;  // jointly of all prompts, else of the present one
   for (int slot = 0; slot < attention.slots; ++slot) {
     if (!active.anywhere(slot)) continue;
-    const int prompt = attention.prompt(image, slot), tokens = attention.length(prompt);
+    const int prompt = attention.prompt(image, slot);
     const bool warp_active = active.template among<16>(slot, warp_row);
     float share[2];
 #pragma unroll
@@ -191,11 +191,12 @@ __global__ void __launch_bounds__(MmaShape<DEPTH>::WARPS* WARP, MmaShape<DEPTH>:
     if (!attention.joint) softmax = Softmax();
 
     // a softmax of its own over more tokens than are staged at once takes two passes: its sum, then its terms
-    const bool twice = !attention.joint && tokens > TOKENS;
+    const bool twice = !attention.joint && attention.length(prompt) > TOKENS;
     for (int pass = twice ? 0 : 1; pass < 2; ++pass) {
       const bool summing = pass == 0 || !twice;
-      for (int start = 0; start < tokens; start += TOKENS) {
-        const int count = tokens - start;
+      // the length is looked up again: kept beside the results it spills at D = 128
+      for (int start = 0; start < attention.length(prompt); start += TOKENS) {
+        const int count = attention.length(prompt) - start;
         const int64_t offset = attention.key_offset(prompt, start, head);
         const auto stage_tokens = [&](T* shared, const T* bank) {
           stage<TOKENS, DEPTH>(shared, bank + offset, [](int token) { return token; }, count, stride, attention.depth,

@@ -26,7 +26,11 @@ def _dispatcher(operation, chosen=None):
     """The operator's kernel; chosen: the function that it runs, in place of the backend's that serves the tensors."""
 
     def run(*args):
-        return (chosen or implementation(operation, args[0]))(*args)
+        kernel, device = chosen or implementation(operation, args[0]), args[0].device.type
+        if _autocast(device):  # which would have products of the kernels in PyTorch rounded to half precision
+            with torch.autocast(device, enabled=False):
+                return kernel(*args)
+        return kernel(*args)
 
     def run_scaled(*args):
         at = next(i for i, value in enumerate(args) if isinstance(value, float))
@@ -35,6 +39,10 @@ def _dispatcher(operation, chosen=None):
         return run(*args[:at], _scaled(args[at], factor), *rest)
 
     return run_scaled if "attention" in operation else run
+
+
+def _autocast(device):
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def _scaled(scale, factor):
@@ -58,13 +66,14 @@ def call(operation: str, *args: Any) -> Any:
 
 
 def _watched(args):
-    """Whether a compiler, a tracer, a mode, a transform, autograd or a tensor of another class looks on."""
+    """Whether a compiler, a tracer, a mode, a transform, autocast, autograd or a tensor of another class looks on."""
     return (
         torch.compiler.is_compiling()
         or torch._C._get_tracing_state() is not None
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._len_torch_function_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
+        or _autocast(args[0].device.type)
         or any(
             type(t) is not torch.Tensor or t.requires_grad and torch.is_grad_enabled()
             for t in args

@@ -70,7 +70,9 @@ class WindowDenoiser:
         regional = self.regional
         return dict(
             prompt=self.prompts,
-            regions=None if regional is None else (regional.regions, regional.mode, regional.bank.embeddings),
+            regions=None
+            if regional is None
+            else (regional.regions, regional.mode, regional.bank.embeddings, regional.bank.lengths),
             image=(self.control, self.told),
             original_size=self.micro,
             guidance_embedding=self.timestep_cond,

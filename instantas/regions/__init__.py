@@ -53,7 +53,7 @@ class Region:
         feather: width in pixels of the ramps into which the edges are turned.
         guidance_scale: classifier-free guidance inside; None: the picture's.
         embeds: (L, D) or (1, L, D), the embedding in place of the prompt's text: weighted, longer than the text encoder
-            takes, or of a model without one. L is the base prompt's, or one divides the other. Kept as (L, D).
+            takes, or of a model without one. Of any length L. Kept as (L, D).
         negative_embeds: the same in place of the negative prompt's.
 
     Raises:

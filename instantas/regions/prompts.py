@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from instantas.checks import integer
 from instantas.regions import Region
 
 EMBEDDING = threading.RLock()
@@ -66,7 +67,9 @@ class PromptBank:
         """
         trained = torch.is_grad_enabled() and any(t.requires_grad for t in (base, *self._embeds))
         version = -1 if base.is_inference() else base._version
-        own = [base.shape[1]] * len(base) if lengths is None else list(lengths)
+        own = [base.shape[1]] * len(base) if lengths is None else [integer("lengths", n, 1) for n in lengths]
+        if len(own) != len(base) or max(own, default=0) > base.shape[1]:
+            raise ValueError(f"lengths: expected {len(base)} numbers from 1 to {base.shape[1]}, got {own}")
         seen = self._seen is not None and self._seen[0] is base and version >= 0 and self._seen[1:] == (version, own)
         if trained or not seen or encode != self._encode:
             alike = self._equals(base) and self._seen is not None and self._seen[2] == own

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from instantas.checks import real
 from instantas.sampling import bridging
 from instantas.sampling.noise import levels
+from instantas.sampling.schedulers import unplaced
 from instantas.windows import WindowPlan
 
 BINS = 16  # of frequency, in which the power of detail is measured
@@ -200,16 +201,15 @@ def counted_from(callback: Callable | None, before: int) -> Callable | None:
     if callback is None or not before:
         return callback
 
-    @functools.wraps(callback)
     def told(step, timestep, latents, **more):
         return callback(step + before, timestep, latents, **more)
 
-    return told
+    return _like(told, callback)
 
 
 def noised(scheduler: Any, clean: torch.Tensor, noise: torch.Tensor, begin: int) -> torch.Tensor:
     """The clean sample with the noise of a scheduler's timestep, given by number."""
-    timestep, scheduler = scheduler.timesteps[begin : begin + 1].to(clean.device), copy.deepcopy(scheduler)
+    timestep, scheduler = scheduler.timesteps[begin : begin + 1].to(clean.device), unplaced(scheduler)
     if hasattr(scheduler, "scale_noise"):  # of flow matching
         return scheduler.scale_noise(clean, timestep, noise)
     return scheduler.add_noise(clean, noise, timestep)
@@ -299,6 +299,11 @@ def _few_steps(scheduler, share):
 
 def _begin(scheduler, sigma):
     """Number of the timestep whose noise / signal is nearest, at which a step begins."""
+    if hasattr(scheduler, "prk_timesteps") or hasattr(scheduler, "get_lms_coefficient"):
+        raise ValueError(
+            f"start: expected a scheduler whose steps can begin at any timestep, got {type(scheduler).__name__}, which "
+            "counts them from the first: DDIMScheduler, EulerDiscreteScheduler or DPMSolverMultistepScheduler can"
+        )
     known, add = levels(scheduler), getattr(scheduler, "scale_noise", getattr(scheduler, "add_noise", None))
     if known is None or add is None:
         raise ValueError(
@@ -330,7 +335,6 @@ def _told(callback, before, ended):
         return None
     counted = counted_from(callback, before)
 
-    @functools.wraps(callback)
     def told(step, timestep, latents, **more):
         try:
             return counted(step, timestep, latents, **more)
@@ -338,4 +342,13 @@ def _told(callback, before, ended):
             ended.append(True)
             raise
 
+    return _like(told, callback)
+
+
+def _like(told, callback):
+    """A function with the callback's signature and, where it has one, its state."""
+    functools.update_wrapper(told, callback)
+    for name in ("state_dict", "load_state_dict"):
+        if hasattr(callback, name):
+            setattr(told, name, getattr(callback, name))
     return told

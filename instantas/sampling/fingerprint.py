@@ -63,7 +63,9 @@ def _parts(value: Any) -> Iterator[bytes]:
             given = [getattr(value, field.name) for field in fields(value) if field.init]
             yield from _several(type(value).__qualname__, given)
         case _ if hasattr(value, "set_timesteps"):
-            yield from _several(_name(type(value)), [getattr(value, "config", None), value.timesteps])
+            config = dict(getattr(value, "config", None) or {})
+            told = {name: each for name, each in config.items() if not name.startswith("_")}  # others differ by process
+            yield from _several(_name(type(value)), [told, value.timesteps])
         case _ if hasattr(value, "__array_interface__"):  # arrays, and pictures
             array = np.asarray(value)
             yield f"{array.dtype}{array.shape};".encode()

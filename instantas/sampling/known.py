@@ -36,6 +36,11 @@ class Known:
     told: bool = False
 
     def __post_init__(self):
+        for name in ("latents", "noise", "painted"):
+            if not isinstance(value := getattr(self, name), torch.Tensor):
+                raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+        if not self.latents.is_floating_point():
+            raise TypeError(f"latents: expected a tensor of floats, got {self.latents.dtype}")
         if self.painted.dtype != torch.bool:
             raise TypeError(f"painted: expected bool, got {self.painted.dtype}")
         batch, _, *size = shape = tuple(self.latents.shape)

@@ -102,7 +102,8 @@ def sample(
         guidance_interval: (start, end), fractions of the run: steps that begin before its start or at its end and later
             take cond alone (Kynkäänniemi et al. 2024).
         eta: of schedulers that take it (DDIM).
-        generator: for schedulers that draw noise; a list has one for each picture.
+        generator: for schedulers that draw noise, and for the detail and noise of a `start`; a list has one for each
+            picture.
         weight: overlap weight of the windows, as `ops.scatter_windows` takes it.
         window_batch_size: windows in one call of the denoiser; None: 4. Halved, with one warning, when memory is out.
         bridging: name or object (`instantas.sampling.bridging`) that chooses plan, evaluated windows and adjustment of
@@ -119,8 +120,9 @@ def sample(
             StopIteration ends the run, with its value as the latents if it has one. One with a parameter `denoised` is
             told the clean latents that `scheduler.step` gave beside, None where it gives none or is not called.
         checkpoint: file in which the run is kept after every step (`instantas.sampling.checkpoint`, to say more), and
-            from which it goes on, to the same bits, if it is there. What tells a denoiser from another is what its
-            method `fingerprint` gives, names and values, if it has one. No gradients pass a file.
+            from which it goes on, to the same bits, if it is there; with a `start`, from the plan's own canvas on. What
+            tells a denoiser from another is what its method `fingerprint` gives, names and values, if it has one. No
+            gradients pass a file.
         group: the processes that share the windows: of torch.distributed, a DeviceMesh of one dimension, True for all,
             or `parallel.Ranks`. All call with the same arguments, latents and generators being rank 0's, and get the
             latents that one process gets, bit for bit. The callback is rank 0's, and so is the checkpoint's file. With
@@ -139,9 +141,11 @@ def sample(
     check_settings(len(latents), 0.0 if callable(guidance_rescale) else guidance_rescale, eta, generator)
     interval = check_interval(guidance_interval)
     set_timesteps(scheduler, num_inference_steps, timesteps, latents.device)
+    checked_evaluations(evaluations, len(scheduler.timesteps))
     for name, value in dict(begin=begin, known=known).items():
         if start is not None and value is not None:
-            raise ValueError(f"{name}: expected None with a start, which says itself where it goes on, got {value}")
+            got = type(value).__name__
+            raise ValueError(f"{name}: expected None with a start, which says itself where it goes on, got {got}")
     *before, last = coarse.legs(start, plan, scheduler, evaluations)
     if before:
         begin, evaluations = last.begin, last.steps

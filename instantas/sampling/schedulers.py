@@ -113,6 +113,14 @@ def copied(scheduler: Any) -> Any:
     return scheduler
 
 
+def unplaced(scheduler: Any) -> Any:
+    """A copy that finds the noise of a timestep by the timestep, wherever its steps were set to begin."""
+    scheduler = copy.deepcopy(scheduler)
+    if hasattr(scheduler, "_begin_index"):
+        scheduler._begin_index = None
+    return scheduler
+
+
 def noise_after(scheduler: Any, begin: int, steps: int) -> torch.Tensor:
     """(steps, 2) float64: the signal and the noise that a sample has after each step, which begin at a timestep.
 
@@ -123,11 +131,12 @@ def noise_after(scheduler: Any, begin: int, steps: int) -> torch.Tensor:
     """
     if not callable(getattr(scheduler, "add_noise", None)):
         raise TypeError(f"scheduler: expected one with add_noise, got {type(scheduler).__name__}")
+    scheduler = unplaced(scheduler)
     table = torch.tensor([[1.0, 0.0]] * steps, dtype=torch.float64)
     timesteps = scheduler.timesteps[begin + 1 : begin + 1 + steps].cpu()
     if len(timesteps):
         signal = torch.tensor([[1.0, 0.0]] * len(timesteps), dtype=torch.float64)
-        table[: len(timesteps)] = copy.deepcopy(scheduler).add_noise(signal, signal.flip(1), timesteps)
+        table[: len(timesteps)] = scheduler.add_noise(signal, signal.flip(1), timesteps)
     return table
 
 

@@ -51,6 +51,10 @@ def set_timesteps(
         raise ValueError("num_inference_steps: expected a number, as the scheduler has no timesteps set, got None")
     elif getattr(scheduler, "step_index", None) is not None or getattr(scheduler, "counter", None):
         raise ValueError("num_inference_steps: expected a number, as the scheduler has taken steps already, got None")
+    elif begin := getattr(scheduler, "begin_index", None):
+        raise ValueError(
+            f"num_inference_steps: expected a number, as the scheduler is set to begin at its step {begin}, got None"
+        )
     if not len(scheduler.timesteps):
         raise ValueError("timesteps: expected at least one, got none")
 
@@ -61,8 +65,21 @@ def beside(known: Any, stages: list[Weighted], latents: torch.Tensor) -> list[We
         raise TypeError(f"known: expected a Known, got {type(known).__name__}")
     if known.latents.shape != latents.shape:
         raise ValueError(f"known: expected latents {tuple(latents.shape)}, got {tuple(known.latents.shape)}")
-    some = limited([stage for stage, _ in stages], known.cells)
-    return [(stage, weight) for stage, (_, weight) in zip(some, stages)]
+    for name in ("latents", "noise", "painted"):
+        if (device := getattr(known, name).device) != latents.device:
+            raise ValueError(f"known: expected {name} on {latents.device}, got it on {device}")
+    some, cells = limited([stage for stage, _ in stages], known.cells), known.cells.numpy()
+    weights = {(id(s), id(w)): _weight_of(w, s, less, cells) for less, (s, w) in zip(some, stages)}
+    return [(less, weights[id(stage), id(weight)]) for less, (stage, weight) in zip(some, stages)]
+
+
+def _weight_of(weight, stage, less, cells):
+    """The overlap weights of the windows that are left of a stage."""
+    if less is stage or not isinstance(weight, torch.Tensor) or weight.dim() != 3 or len(weight) != stage.plan.count:
+        return weight
+    if stage.view is not None:
+        return weight[:0]
+    return weight[torch.from_numpy(stage.plan.holding(cells)).to(weight.device)]
 
 
 def evaluated_cells(known: Known, plan: WindowPlan) -> torch.Tensor | None:

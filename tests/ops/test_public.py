@@ -246,3 +246,18 @@ def test_a_forced_backend_never_gives_way_to_another():
 
 def test_every_plan_of_the_grid_covers_its_canvas():
     assert all(plan.coverage().min() >= 1 for plan in PLANS.values())
+
+
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if oracle.device(name) == "cpu"])
+def test_autocast_changes_no_arithmetic(backend):
+    arguments = [t.float() if t.is_floating_point() else t for t in attention_inputs(1, 20, 2, 8, 2, 9, 2)]
+    weights = region_weights(1, 2, 20)
+    for sources in ((), arguments[:3]):  # with and without autograd, which has the operator called otherwise
+        for source in sources:
+            source.requires_grad_()
+        results = []
+        for enabled in (False, True):
+            with oracle.use_backend(backend), torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                result = ops.regional_attention(*arguments, weights)
+                results.append([result, *(torch.autograd.grad(result.sum(), sources) if sources else ())])
+        assert all(torch.equal(*pair) for pair in zip(*results))

@@ -114,3 +114,9 @@ def test_words_past_the_limit_are_named(pipe):
         encode_prompts(pipe, [fits])
     with pytest.warns(UserWarning, match="^prompt: expected at most 14 tokens, got 16; cut off: 'blue sky'$"):
         encode_prompts(pipe, ["red", fits + " blue sky"])
+
+
+@pytest.mark.parametrize("lengths", [[7], [0, 3], [8, 7], [7, -2], [7, 7, 7]])
+def test_lengths_that_do_not_fit_the_base_prompts(lengths):
+    with pytest.raises(ValueError, match="lengths: expected"):
+        PromptBank([[Region("snow", box=(0, 0, 1, 1))]]).update(torch.zeros(2, 7, 4), lambda texts: None, lengths)

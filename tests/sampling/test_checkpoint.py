@@ -10,6 +10,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from diffusers.configuration_utils import FrozenDict
 from PIL import Image
 
 import instantas
@@ -309,6 +310,15 @@ def test_a_scheduler_that_keeps_more_than_numbers_is_refused_before_the_denoiser
 
 
 # Digests
+
+
+def test_a_scheduler_is_the_same_in_every_process():
+    """Its configuration lists what was not given in the order of a set, which hashes of texts decide."""
+    one, another = (diffusers.DDIMScheduler() for _ in range(2))
+    names = one.config["_use_default_values"]
+    assert len(names) > 1
+    another._internal_dict = FrozenDict({**another.config, "_use_default_values": names[::-1]})
+    assert digest(one) == digest(another) != digest(diffusers.DDIMScheduler(steps_offset=1))
 
 
 def test_digests_are_of_contents():

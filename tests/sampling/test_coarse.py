@@ -13,15 +13,14 @@ from instantas.windows import WindowPlan
 
 CIRCLES = [(False, False), (True, False), (False, True), (True, True)]
 KINDS = [
-    "DDIM", "DDPM", "PNDM", "EulerDiscrete", "EulerAncestralDiscrete", "HeunDiscrete", "KDPM2Discrete", "LMSDiscrete",
+    "DDIM", "DDPM", "EulerDiscrete", "EulerAncestralDiscrete", "HeunDiscrete", "KDPM2Discrete",
     "DPMSolverMultistep", "DPMSolverSinglestep", "UniPCMultistep", "DEISMultistep", "LCM", "TCD",
 ]  # fmt: skip
 STEPS = 10
 
 
 def of(kind, prediction="epsilon"):
-    config = dict(skip_prk_steps=True) if kind == "PNDM" else {}
-    return scheduler(prediction, kind=getattr(diffusers, f"{kind}Scheduler"), **config)
+    return scheduler(prediction, kind=getattr(diffusers, f"{kind}Scheduler"))
 
 
 def draw(seed, *shape):
@@ -185,9 +184,7 @@ def test_the_last_run_is_one_that_begins_with_the_carried_sample():
 
 
 @pytest.mark.parametrize("steps", [25, 50])
-@pytest.mark.parametrize(
-    "kind", ["DDIM", "PNDM", "EulerDiscrete", "HeunDiscrete", "DPMSolverMultistep", "UniPCMultistep"]
-)
+@pytest.mark.parametrize("kind", ["DDIM", "EulerDiscrete", "HeunDiscrete", "DPMSolverMultistep", "UniPCMultistep"])
 def test_evaluations_on_stable_diffusions_schedules(kind, steps):
     """At most 0.65 of the windows at every step, from 2 x 2 windows on."""
     chosen, plan = of(kind), WindowPlan.minimum_coverage(128, 128, 64)
@@ -223,6 +220,49 @@ def test_a_picture_does_not_depend_on_the_others_of_its_batch():
 def test_smaller_canvases(size, scale, sizes):
     """The smallest has the native length on the axis with fewer windows, and the canvas's proportions."""
     assert CoarseStart(scale=scale).sizes(WindowPlan.minimum_coverage(*size, 8)) == sizes
+
+
+@pytest.mark.parametrize("kind", ["PNDM", "LMSDiscrete"])
+def test_schedulers_that_count_steps_from_the_first_are_refused(kind):
+    plan = WindowPlan.minimum_coverage(16, 16, 8)
+    with pytest.raises(ValueError, match=f"start: expected a scheduler whose steps can begin.*got {kind}Scheduler"):
+        sample(network, draw(0, 1, 4, 16, 16), plan, of(kind), num_inference_steps=STEPS, start="coarse")
+
+
+@pytest.mark.parametrize("value", ["3", 14.5, 100, -1, True])
+def test_evaluations_are_checked_before_they_are_counted(value):
+    plan = WindowPlan.minimum_coverage(16, 16, 8)
+    with pytest.raises((TypeError, ValueError), match=f"evaluations: expected .*got {value!r}"):
+        sample(
+            network, draw(0, 1, 4, 16, 16), plan, of("DDIM"), num_inference_steps=20, start="coarse", evaluations=value
+        )
+
+
+def test_noise_is_that_of_the_timestep_wherever_the_scheduler_was_set_to_begin():
+    chosen, clean, noise = of("EulerDiscrete"), torch.zeros(1, 1, 1, 1), torch.ones(1, 1, 1, 1)
+    chosen.set_timesteps(STEPS)
+    right = coarse.noised(chosen, clean, noise, 4)
+    chosen.set_begin_index(0)
+    assert torch.equal(coarse.noised(chosen, clean, noise, 4), right) and right < 5
+
+
+def test_the_state_of_a_callback_is_told_on():
+    class Counting:
+        def __call__(self, step, timestep, latents):
+            self.steps = step + 1
+
+        def state_dict(self):
+            return dict(steps=self.steps)
+
+        def load_state_dict(self, state):
+            self.steps = state["steps"]
+
+    callback = Counting()
+    for told in (coarse.counted_from(callback, 3), coarse._told(callback, 3, [])):
+        told(2, None, None)
+        assert told.state_dict() == dict(steps=6)
+        told.load_state_dict(dict(steps=1))
+        assert callback.steps == 1
 
 
 def test_stages_go_on_from_their_own_level():

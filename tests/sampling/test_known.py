@@ -189,3 +189,40 @@ def test_what_does_not_fit_the_run_is_refused():
         run(known(box(slice(3), slice(3), 16, 16)))
     with pytest.raises(ValueError, match="noise: expected"):
         Known(draw(0), draw(1, 8, 8), box(slice(3), slice(3)))
+
+
+def test_weights_of_each_window_stay_with_the_windows_that_are_left():
+    """One more window that is painted changes nothing of the others' weights."""
+    plan = WindowPlan.strided(16, 32, 8, 4)
+    weight = torch.rand(plan.count, 8, 8, generator=torch.Generator().manual_seed(0)) + 0.5
+    few, all_ = box(slice(1, 3), slice(1, 3)), box(slice(0, 16), slice(0, 32))
+
+    def network(windows, t, context):
+        return 0.3 * torch.tanh(windows)
+
+    runs = [
+        sample(network, draw(1), plan, of("DDIM"), num_inference_steps=1, weight=weight, known=known(painted))
+        for painted in (few, all_)
+    ]
+    assert torch.allclose(runs[0][..., 1:3, 1:3], runs[1][..., 1:3, 1:3], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        (lambda: Known(1, 2, 3), "latents: expected a tensor, got int"),
+        (lambda: Known(draw(0).long(), draw(0), box(slice(1), slice(1))), "latents: expected a tensor of floats"),
+        (lambda: Known(draw(0).to("meta"), draw(0), box(slice(1), slice(1))), "known: expected latents on cpu, got it"),
+    ],
+)
+def test_known_cells_that_are_none(given, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        sample(lambda windows, t, context: windows, draw(0), PLAN, of("DDIM"), num_inference_steps=3, known=given())
+
+
+def test_a_scheduler_that_is_set_to_begin_later_is_refused():
+    chosen = of("EulerDiscrete")
+    chosen.set_timesteps(10)
+    chosen.set_begin_index(3)
+    with pytest.raises(ValueError, match="num_inference_steps: expected a number, as the scheduler is set to begin"):
+        sample(lambda windows, t, context: windows, draw(0), PLAN, chosen)
