@@ -7,7 +7,7 @@ import tempfile
 
 import pytest
 
-from instantas.files import check_writable, whole_file
+from instantas.files import check_writable, remove_parts, whole_file
 
 
 def names(folder):
@@ -81,3 +81,11 @@ def test_a_place_that_cannot_be_written_is_found_by_trying(tmp_path, monkeypatch
     with pytest.raises(ValueError, match="path: expected a file that can be written, got .*Read-only file system"):
         check_writable(tmp_path / "a.png")
     assert os.listdir(tmp_path) == []
+
+
+def test_what_other_files_have_left_stays(tmp_path):
+    ours, others = ".a.17.part.checkpoint", [".a.1.17.part.checkpoint", ".a.b.17.part.checkpoint", ".a.17.part.png"]
+    for name in (ours, *others):
+        (tmp_path / name).write_text("")
+    remove_parts(tmp_path / "a.checkpoint")
+    assert names(tmp_path) == sorted(others)

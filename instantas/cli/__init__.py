@@ -68,7 +68,7 @@ def plan(
     if plot:
         if ours > LARGEST_PLOT:
             raise ValueError(f"plot: expected at most {LARGEST_PLOT} windows, got {ours}")
-        check_writable(plot)
+        check_writable(plot, name="plot")
     click.echo(f"canvas          {rows} x {columns} cells (height x width), {size[0]}x{size[1]} px")
     click.echo(f"windows         {ours} of {h} x {w} (no cover has fewer)")
     click.echo(f"overlap         {ours * h * w / (rows * columns) - 1:.1%} of the canvas is painted twice")

@@ -17,9 +17,14 @@ BUFFER = 2**24  # bytes of tiles that are compressed at once
 PREVIEW = 2048  # pixels: the longest side of what is written beside the file
 
 
+def is_large(output: Path, width: int, height: int) -> bool:
+    """Whether a picture can leave in bands: a large one, to TIFF."""
+    return format_of(output) is TIFF and width * height > LARGE
+
+
 def in_bands(pipe: Any, output: Path, width: int, height: int) -> bool:
     """Whether a picture is written in bands: a large one, to TIFF, that nothing has to see as a whole."""
-    return format_of(output) is TIFF and width * height > LARGE and not pipe.needs_whole_pictures
+    return is_large(output, width, height) and not pipe.needs_whole_pictures
 
 
 def preview_path(output: Path) -> Path:

@@ -80,5 +80,6 @@ class Memory:
 
 def in_bytes(count: int) -> str:
     """In the unit that suits the number: 384 MiB."""
+    count = min(count, 2**1000)  # more is no float
     power = min(6, max(0, (count.bit_length() - 1) // 10))
     return f"{count / 1024**power:,.3g} {('B', 'KiB', 'MiB', 'GiB', 'TiB', 'PiB', 'EiB')[power]}"

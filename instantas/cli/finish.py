@@ -3,15 +3,38 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
 
-from instantas.cli.bands import in_bands, preview_path, write_bands
+from instantas.cli.bands import in_bands, is_large, preview_path, write_bands
+from instantas.cli.kept import Kept
 from instantas.cli.pictures import check_record, write_picture
 from instantas.files import check_writable
+
+
+def check_apart(kept: Kept, size: tuple[int, int], read: Iterable[Path], preview: Path | None = None) -> None:
+    """Refuse to write over what a run reads, and one file over another.
+
+    Args:
+        size: (width, height) in pixels.
+        read: whole paths.
+
+    Raises:
+        ValueError: naming the option and the file.
+    """
+    small = [preview_path(kept.output)] if is_large(kept.output, *size) else []
+    written = [("output", path) for path in (kept.output, *small, *kept.files)]
+    taken = set(read)
+    for name, path in [*written, *([("preview", preview)] if preview else [])]:
+        if path.resolve() in taken:
+            raise ValueError(
+                f"{name}: expected a file of its own, got {str(path)!r}, which the run reads or writes too"
+            )
+        taken.add(path.resolve())
 
 
 def check_finish(pipe: Any, output: Path, text: dict[str, str], force: bool) -> None:
@@ -25,7 +48,7 @@ def check_finish(pipe: Any, output: Path, text: dict[str, str], force: bool) -> 
     if in_bands(pipe, output, *size_of(text)):
         import tifffile  # noqa: F401
 
-        check_writable(preview_path(output), overwrite=force)
+        check_writable(preview_path(output), overwrite=force, name="output")
 
 
 def finish(pipe: Any, latents: torch.Tensor, output: Path, text: dict[str, str], force: bool) -> None:

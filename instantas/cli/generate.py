@@ -10,14 +10,15 @@ from typing import Any, cast
 import click
 import torch
 
+from instantas.checks import real
 from instantas.cli.bands import in_bands
 from instantas.cli.cost import Memory
-from instantas.cli.finish import check_finish, finish, write
-from instantas.cli.inputs import ControlType, LoraType, files, read_regions
+from instantas.cli.finish import check_apart, check_finish, finish, write
+from instantas.cli.inputs import ControlType, LoraType, files, read_regions, whole
 from instantas.cli.kept import Kept, checkpoint_option
-from instantas.cli.like import check_beside, check_unchanged, is_given, take_settings
+from instantas.cli.like import check_beside, check_unchanged, is_given, replace_taken, take_settings
 from instantas.cli.model import check_words, load
-from instantas.cli.options import DTYPES, OUTPUT, SCHEDULERS, Device, Sides, Size, wrap_option
+from instantas.cli.options import DTYPES, FORCE, OUTPUT, SCHEDULERS, Device, Sides, Size, wrap_option
 from instantas.cli.pictures import check_output, check_size, read_picture
 from instantas.cli.processes import processes
 from instantas.cli.record import record
@@ -26,7 +27,7 @@ from instantas.regions import SCHEDULES, Region, RegionMap
 from instantas.sampling import coarse
 from instantas.sampling.bridging import BRIDGES, DEFAULT
 from instantas.sampling.coarse import STARTS
-from instantas.sampling.settings import set_timesteps
+from instantas.sampling.settings import check_interval, set_timesteps
 
 STRENGTH = 0.8  # as in diffusers' img2img
 
@@ -46,13 +47,16 @@ STRENGTH = 0.8  # as in diffusers' img2img
     type=(float, float),
     metavar="START END",
     default=(0.0, 1.0),
-    help="Fractions of the run outside of which only the prompt is evaluated.",
+    show_default=True,
+    help="Part of the run with guidance, as two fractions; elsewhere the prompt alone is evaluated.",
 )
 @click.option("--scheduler", type=click.Choice(sorted(SCHEDULERS)), help="By default the model's own.")
 @click.option("--negative", metavar="PROMPT", help="What the picture should not show.")
 @wrap_option
 @click.option("--image", type=click.Path(path_type=Path), help="A picture to start from, whose size is the default.")
-@click.option("--mask", type=click.Path(path_type=Path), help="Paint --image where this picture is white.")
+@click.option(
+    "--mask", type=click.Path(path_type=Path), help="Paint --image where this picture is white; black is kept."
+)
 @click.option("--extend", type=Sides(), help="Pixels painted beside --image, left of, above, right of and below it.")
 @click.option(
     "--strength",
@@ -111,7 +115,7 @@ STRENGTH = 0.8  # as in diffusers' img2img
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), default="instantas.png", show_default=True, help=OUTPUT
 )
-@click.option("--force", is_flag=True, help="Replace the output file if it exists.")
+@click.option("--force", is_flag=True, help=FORCE)
 @click.option(
     "--like",
     type=click.Path(path_type=Path),
@@ -149,18 +153,27 @@ def generate(
     """Paint PROMPT and write a file: PNG, JPEG, WebP or TIFF, by the name's ending."""
     check_output(output, force)
     if resume:
-        check_beside(context)
+        check_beside(context, resume["done"])
     regions, notes = read_regions(places, regions_file)
     if taken := like or resume:
         notes = notes or taken["regions"]
+        replace_taken(context)
+        size, mask, extend = (context.params[name] for name in ("size", "mask", "extend"))
         check_unchanged(context, taken, [] if regions else notes)
         regions = regions or [Region(**note) for note in notes]
         if is_given(context, "method") and not is_given(context, "bridging"):  # it goes with the method
             options["bridging"] = None
+    if options["guidance"] is not None:
+        real("guidance", options["guidance"])
+    check_interval(options["guidance_interval"])
     source = read_picture(image, "image") if image else None
     for name, given in (("mask", mask), ("extend", extend)):
-        if given and (source is None or (mask and extend)):
-            raise ValueError(f"{name}: expected one of mask and extend, beside --image, got {given}")
+        if given and source is None:
+            raise ValueError(f"{name}: expected a picture beside it, got no --image")
+    if mask and extend:
+        raise ValueError(f"mask: expected none beside --extend, got {str(mask)!r}")
+    if extend and not any(extend):
+        raise ValueError("extend: expected pixels on some side, got 0,0,0,0")
     if source and extend:
         if is_given(context, "size"):
             raise ValueError(f"size: expected none beside --extend, got {size}")
@@ -174,12 +187,12 @@ def generate(
             raise click.MissingParameter(ctx=context, param=next(p for p in context.command.params if p.name == name))
     check_size(output, *cast(tuple[int, int], size))
     kept = Kept(output, resumed=resume["file"] if resume else None)
-    if not resume:
-        kept.begin(force)
+    read = [Path(whole(str(name))) for name in (options["model"], regions_file) if name]
+    read += files(notes, image, options["loras"], options["controls"], mask)
+    check_apart(kept, cast(tuple[int, int], size), read, preview)
+    kept.check(force)
     if preview:
-        if preview.resolve() == output.resolve():
-            raise ValueError(f"preview: expected another file than the output, got {str(preview)!r}")
-        check_writable(preview, overwrite=force)
+        check_writable(preview, overwrite=force, name="preview")
     inputs = dict(
         regions=regions, notes=notes, image=image, source=source, hints=hints, mask=mask, masked=masked, extend=extend
     )
@@ -221,6 +234,8 @@ def _paint(
 ):
     if source is None and strength is not None:
         raise ValueError(f"strength: expected none without --image, got {strength}")
+    if settings["start"] != "none" and (source is not None or settings["method"] != "instantas"):
+        raise ValueError(f"start: expected none with --image or --method multidiffusion, got {settings['start']}")
     if model is None:
         check_words([prompt, *(region.prompt for region in regions)], negative)
     pipe = load(model, scheduler, dtype, device, loras, controls)

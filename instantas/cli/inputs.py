@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +13,8 @@ from typing import Any, NamedTuple
 import click
 
 from instantas.regions import Region, load_regions
+
+LOADED = (".bin", ".json", ".safetensors")  # of what lies in a folder
 
 
 class Lora(NamedTuple):
@@ -40,11 +43,14 @@ class LoraType(click.ParamType):
     name = "PATH[:SCALE]"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Lora:
-        path, _, scale = value.rpartition(":")
+        path, colon, scale = value.rpartition(":")
         try:
-            return Lora(path, float(scale)) if path else Lora(value, 1.0)
+            lora = Lora(path, float(scale)) if colon else Lora(value, 1.0)
         except ValueError:  # a colon of the path's own
-            return Lora(value, 1.0)
+            lora = Lora(value, 1.0)
+        if not lora.path.strip() or not math.isfinite(lora.scale):
+            self.fail(f"expected PATH[:SCALE], such as style.safetensors:0.8, got {value!r}", param, ctx)
+        return lora
 
 
 class ControlType(click.ParamType):
@@ -100,13 +106,21 @@ def files(
     controls: Sequence[Control] = (),
     mask: Path | None = None,
 ) -> list[Path]:
-    """Whole paths of the files that a run reads; folders and models of the hub are none."""
+    """Whole paths of the files and folders that a run reads; models of the hub are none."""
     masks = [Path(note["mask"]) for note in notes if note["mask"]]
     pictures = [each for each in (image, mask, *(control.image for control in controls)) if each]
     weights = [Path(whole(name)) for name in (*(lora.path for lora in loras), *(control.model for control in controls))]
-    return [path.resolve() for path in [*masks, *pictures, *(path for path in weights if path.is_file())]]
+    return [path.resolve() for path in [*masks, *pictures, *(path for path in weights if path.exists())]]
 
 
 def digests(paths: Iterable[Path]) -> dict[str, str]:
-    """SHA-256 of files, by name."""
-    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(set(paths))}
+    """SHA-256 by name: of files, and for a folder of its weights' and settings' names and digests."""
+    return {str(path): _digest(path) for path in sorted(set(paths))}
+
+
+def _digest(path):
+    if not path.is_dir():
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    parts = [part for part in path.rglob("*") if part.suffix in LOADED and part.is_file()]
+    listed = [f"{_digest(part)} {part.relative_to(path).as_posix()}\n" for part in sorted(parts)]
+    return hashlib.sha256("".join(listed).encode()).hexdigest()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shlex
 import signal
 import threading
@@ -18,7 +19,7 @@ from instantas.cli.pictures import TEXT
 from instantas.files import check_writable
 from instantas.sampling.checkpoint import Checkpoint, read
 
-BESIDE = ("resume", "output", "force", "model", "dtype", "device", "window_batch", "checkpoint")  # --resume
+BESIDE = ("resume", "output", "force", "model", "device", "window_batch", "checkpoint")  # --resume
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 checkpoint_option = click.option(
@@ -48,11 +49,17 @@ class Kept:
         numbers = range(1, self.stages + 1)
         return [self.path] if self.stages == 1 else [Path(Checkpoint(self.path).stage(n).path) for n in numbers]
 
-    def begin(self, force: bool) -> None:
-        """Refuse, or with force remove, what another run has left."""
-        for file in self.files:
-            check_writable(file, overwrite=force, name="output")
-            file.unlink(missing_ok=True)
+    def check(self, force: bool) -> None:
+        """Refuse what another run has left, unless by force: it is kept until this one has more to keep.
+
+        Raises:
+            ValueError: naming the file.
+        """
+        for file in reversed(self.files) if self.resumed is None else []:
+            if file.exists() and not force:
+                told = f"go on with --resume {shlex.quote(str(file))}, or begin anew with --force"
+                raise ValueError(f"output: expected no {str(file)!r}, the file of a run that was stopped: {told}")
+            check_writable(file, name="output")
 
     @property
     def text(self) -> dict[str, str] | None:
@@ -76,11 +83,16 @@ class Kept:
         Raises:
             ClickException: for what stops the block, telling how `command` goes on.
         """
+        others = [] if self.resumed else [file for file in self.files if file.exists()]
+        aside = [file.replace(file.with_name(f".{file.name}.{os.getpid()}")) for file in others]
         try:
             with _signals():
                 yield
         except BaseException as error:
             left = [file for file in self.files if file.exists()]
+            if not left:  # this run has done nothing: what another has left stays
+                for file, other in zip(others, aside):
+                    other.replace(file)
             if (line := message(error)) is None or not left or isinstance(error, (ValueError, TypeError)):  # refused
                 raise
             saved = read(left[-1])
@@ -88,6 +100,9 @@ class Kept:
             told = shlex.join(words + ["--force"] * self.output.exists())
             done = f"step {saved['done']} of {saved['steps']}" + f" of stage {len(left)}" * (self.stages > 1)
             raise click.ClickException(f"{line}; the run is kept after {done}, go on with: {told}") from error
+        finally:
+            for other in aside:
+                other.unlink(missing_ok=True)
         for file in self.files:
             file.unlink(missing_ok=True)
 

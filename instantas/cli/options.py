@@ -29,6 +29,7 @@ SCHEDULERS: dict[
     "unipc": ("UniPCMultistepScheduler", {}),
 }
 OUTPUT = "PNG, JPEG, WebP or TIFF by its ending; TIFF of more than 8192x8192 px is written as it is decoded."
+FORCE = "Replace the output if it exists, previews and the file of a run that was stopped too."
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -83,7 +84,11 @@ class Device(click.ParamType):
         try:
             torch.empty(0, device=value)
         except (RuntimeError, AssertionError) as error:
-            self.fail(f"expected a device that this machine has, got {value!r}: {first_line(error)}", param, ctx)
+            self.fail(
+                f"expected a device that this machine has, got {value!r:.40}: {first_line(error):.120}", param, ctx
+            )
+        if torch.device(value).type == "meta":
+            self.fail(f"expected a device that computes, got {value!r}", param, ctx)
         return value
 
 

@@ -20,7 +20,6 @@ from instantas.cli.limits import memory_limits
 from instantas.files import check_writable, whole_file
 
 TEXT = ("prompt", "seed", "size", "settings", "Software")  # of a record
-MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")  # of 8 bits: others would be cut off
 DESCRIPTION, SOFTWARE = 0x010E, 0x0131  # tags of EXIF and TIFF
 EXIF_BYTES = 65533  # of a JPEG file
 
@@ -53,7 +52,7 @@ def check_output(output: Path, force: bool) -> None:
     """
     if output.suffix.lower() not in FORMATS:
         raise ValueError(f"output: expected a file name that ends in {', '.join(FORMATS)}, got {output.name!r}")
-    check_writable(output, overwrite=force)
+    check_writable(output, overwrite=force, name="output")
 
 
 def format_of(output: Path) -> Format:
@@ -139,6 +138,8 @@ def read_picture(path: Path, name: str = "picture", ground: str = "white") -> An
 
     with _readable(name, path):
         opened = Image.open(path)
+    from instantas.pipelines.pictures import MODES, opaque
+
     with opened:
         if opened.mode not in MODES:
             raise ValueError(f"{name}: expected 8 bits a channel, got mode {opened.mode!r} of {str(path)!r}")
@@ -147,10 +148,7 @@ def read_picture(path: Path, name: str = "picture", ground: str = "white") -> An
             raise ValueError(f"{name}: expected a picture that fits into the memory, got {in_bytes(need)} of it")
         with _readable(name, path):
             image = ImageOps.exif_transpose(opened)
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, ground), image)
-    return image.convert("RGB")
+    return opaque(image, name, ground)
 
 
 def _exif(text):

@@ -10,13 +10,15 @@ from typing import Any
 import click
 import torch
 
+from instantas.checks import real
 from instantas.cli.bands import in_bands
 from instantas.cli.cost import Memory
-from instantas.cli.finish import check_finish, finish
+from instantas.cli.finish import check_apart, check_finish, finish
+from instantas.cli.inputs import whole
 from instantas.cli.kept import Kept, checkpoint_option
 from instantas.cli.like import check_beside, check_unchanged, take_settings
 from instantas.cli.model import check_words, load
-from instantas.cli.options import DTYPES, OUTPUT, SCHEDULERS, Device
+from instantas.cli.options import DTYPES, FORCE, OUTPUT, SCHEDULERS, Device
 from instantas.cli.pictures import check_output, check_size, read_picture
 from instantas.cli.processes import processes
 from instantas.cli.record import record
@@ -40,7 +42,7 @@ from instantas.sampling.settings import set_timesteps
 @click.option("--dtype", type=click.Choice(list(DTYPES)), help="By default float16 on a GPU, float32 elsewhere.")
 @click.option("--device", type=Device(), help="By default cuda where there is one, else cpu.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), default="large.png", show_default=True, help=OUTPUT)
-@click.option("--force", is_flag=True, help="Replace the output file if it exists.")
+@click.option("--force", is_flag=True, help=FORCE)
 @click.option(
     "--resume",
     type=click.Path(path_type=Path),
@@ -62,18 +64,20 @@ def _upscale(context, ranks, picture, output, force, seed, resume, checkpoint, *
     from instantas.pipelines.starts import stages
 
     if resume:
-        check_beside(context)
+        check_beside(context, resume["done"])
         check_unchanged(context, resume, [])
     if picture is None:
         raise click.MissingParameter(ctx=context, param=next(p for p in context.command.params if p.name == "picture"))
     image = read_picture(picture)
     scale, prompt, negative, model = (options[name] for name in ("scale", "prompt", "negative", "model"))
+    if options["guidance"] is not None:
+        real("guidance", options["guidance"])
     sizes = stages((image.height, image.width), scale)
     height, width = sizes[-1]
     check_size(output, width, height)
     kept = Kept(output, len(sizes), resume["file"] if resume else None)
-    if not resume:
-        kept.begin(force)
+    check_apart(kept, (width, height), [picture.resolve(), *([Path(whole(model))] if model else [])])
+    kept.check(force)
     if model is None:
         check_words([prompt], negative)
     pipe = load(model, options["scheduler"], options["dtype"], options["device"])

@@ -39,7 +39,7 @@ def read_pictures(pipe: Any, image: Any, size: tuple[int, int], canvas: tuple[in
     given = image if isinstance(image, (list, tuple)) else [image]
     config = dict(do_normalize=False, do_convert_rgb=True)
     processor = VaeImageProcessor.from_config(pipe.image_processor.config, **config)
-    given = [_opaque(p, "image", "white") if isinstance(p, Image.Image) else _floats(p, "image") for p in given]
+    given = [opaque(p, "image", "white") if isinstance(p, Image.Image) else _floats(p, "image") for p in given]
     return prepared(pipe, processor, given, 3, torch.float32, size, canvas, prompts).clamp(0, 1)
 
 
@@ -66,7 +66,7 @@ def read_masks(
     processor = VaeImageProcessor(vae_scale_factor=1, **settings)
     found = []
     for mask in mask_image if isinstance(mask_image, (list, tuple)) else [mask_image]:
-        grey: Any = _opaque(mask, "mask_image", "black").convert("L") if isinstance(mask, Image.Image) else _grey(mask)
+        grey: Any = opaque(mask, "mask_image", "black").convert("L") if isinstance(mask, Image.Image) else _grey(mask)
         shape = (grey.height, grey.width) if isinstance(grey, Image.Image) else tuple(grey.shape[-2:])
         if not any(_alike(shape, of) for of in (own, size)):
             raise ValueError(
@@ -84,8 +84,16 @@ def shown(images: torch.Tensor, output_type: str) -> Any:
     return VaeImageProcessor(do_normalize=False).postprocess(images, output_type=output_type)
 
 
-def _opaque(picture, name, ground):
-    """A PIL picture without transparency, in RGB."""
+def opaque(picture: Image.Image, name: str, ground: str) -> Image.Image:
+    """A PIL picture without transparency, in RGB.
+
+    Args:
+        name: of the argument that it comes from.
+        ground: colour of what is transparent.
+
+    Raises:
+        ValueError: for more than 8 bits a channel.
+    """
     if picture.mode not in MODES:
         raise ValueError(f"{name}: expected a picture of 8 bits a channel, got mode {picture.mode!r}")
     if picture.has_transparency_data:

@@ -105,6 +105,17 @@ def test_what_stands_in_the_way_is_told_before_anything_is_painted(monkeypatch, 
     assert os.listdir() == ["a.preview.png"]
 
 
+def test_the_preview_takes_the_place_of_no_other_file(refused):
+    Image.new("RGB", (96, 136)).save("a.preview.png")
+    before = Path("a.preview.png").read_bytes()
+    for options in (["--image", "a.preview.png"], ["--preview", "a.preview.png"]):
+        line = refused("generate", "lava", *RUN, *options, "-o", "a.tif", "--force")
+        assert line.endswith("got 'a.preview.png', which the run reads or writes too")
+    assert Path("a.preview.png").read_bytes() == before and os.listdir() == ["a.preview.png"]
+    start = "--image", "a.preview.png", "--strength", "1"
+    main(["generate", "lava", *RUN, "--size", "8x8", *start, "-o", "a.tif"])  # not in bands
+
+
 def test_a_picture_in_bands_needs_less_memory():
     pipe = InstantASPipeline.from_pretrained(str(Path(bands.__file__).parents[1] / "demo" / "model"))
     whole, banded = (Memory.of(pipe, 2**20, 2**10, (False, False), "instantas", each) for each in (False, True))

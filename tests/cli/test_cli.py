@@ -334,8 +334,14 @@ def test_preview_is_drawn_before_the_picture_is_painted(monkeypatch, refused):
         (("--region", RIGHT, "--base-weight", "-1"), "base_weight: expected 0 or more"),
         (("--region-mode", "add"), "'add' is not one of"),
         (("--preview", "layout.txt", "--region", RIGHT), "path: expected a picture ending"),
-        (("--preview", "nowhere/layout.png"), "path: expected an existing folder"),
-        (("--preview", "instantas.png"), "preview: expected another file than the output"),
+        (("--preview", "nowhere/layout.png"), "preview: expected an existing folder"),
+        (("-o", "nowhere/a.png"), "output: expected an existing folder"),
+        (("--guidance", "nan"), "guidance: expected a finite number, got nan"),
+        (("--guidance-interval", "0", "nan"), "guidance_interval: expected 0 to 1, got nan"),
+        (("--start", "coarse", "--method", "multidiffusion"), "start: expected none with --image or --method"),
+        (("--device", "meta"), "expected a device that computes, got 'meta'"),
+        (("--device", "x" * 500), "expected a device that this machine has, got 'xxx"),
+        (("--preview", "instantas.png"), "preview: expected a file of its own, got 'instantas.png'"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(refused, options, words):

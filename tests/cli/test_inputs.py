@@ -14,6 +14,7 @@ from PIL import Image
 
 from instantas import InstantASPipeline, demo
 from instantas.cli import main
+from instantas.cli.inputs import digests
 from instantas.cli.pictures import read_record
 
 RUN = ("--steps", "4", "--seed", "3", "--device", "cpu")
@@ -122,7 +123,7 @@ def test_control_nets_are_told_their_pictures(folder, count, start):
     assert [entry.rpartition(":")[2] for entry in settings()["controls"]] == [
         str(folder / f"net{n}") for n in range(count)
     ]
-    assert len(settings()["files"]) == count + start
+    assert len(settings()["files"]) == 2 * count + start
     assert paints_again()
 
 
@@ -178,6 +179,11 @@ def test_pictures_of_every_kind_start_a_run(kind):
         ),
         (["--size", "8x8", "--lora", "photo.png"], "lora: expected weights for the model, got 'photo.png'"),
         (["--size", "8x8", "--lora", "empty.safetensors:0.5"], "lora: expected weights for the model, got 'empty.saf"),
+        (["--size", "8x8", "--lora", "a.safetensors:nan"], "expected PATH[:SCALE], such as"),
+        (["--size", "8x8", "--lora", "a.safetensors:-inf"], "expected PATH[:SCALE], such as"),
+        (["--size", "8x8", "--lora", ""], "expected PATH[:SCALE], such as style.safetensors:0.8, got ''"),
+        (["--size", "8x8", "--lora", ":0.5"], "expected PATH[:SCALE], such as style.safetensors:0.8, got ':0.5'"),
+        (["--image", "photo.png", "--start", "coarse"], "start: expected none with --image"),
         (["--control", "photo.png"], "expected IMAGE:MODEL, such as edges.png:my/controlnet, got 'photo.png'"),
         (["--control", "photo.png:"], "expected IMAGE:MODEL"),
         (["--control", "none.png:net"], "control: expected a picture file, got 'none.png'"),
@@ -245,14 +251,14 @@ def test_a_picture_that_is_painted_in_a_part(capsys, monkeypatch, what):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["--size", "40x24", "--mask", "photo.png"], "mask: expected one of mask and extend, beside --image"),
-        (["--size", "40x24", "--extend", "8,0,0,0"], "extend: expected one of mask and extend, beside --image"),
+        (["--size", "40x24", "--mask", "photo.png"], "mask: expected a picture beside it, got no --image"),
+        (["--size", "40x24", "--extend", "8,0,0,0"], "extend: expected a picture beside it, got no --image"),
         (
             ["--image", "photo.png", "--mask", "photo.png", "--extend", "8,0,0,0"],
-            "mask: expected one of mask and extend",
+            "mask: expected none beside --extend, got 'photo.png'",
         ),
         (["--image", "photo.png", "--extend", "8,0,0,0", "--size", "48x24"], "size: expected none beside --extend"),
-        (["--image", "photo.png", "--extend", "0,0,0,0"], "left: expected pixels to extend the picture by"),
+        (["--image", "photo.png", "--extend", "0,0,0,0"], "extend: expected pixels on some side, got 0,0,0,0"),
         (["--image", "photo.png", "--extend", "8,0,0"], "expected LEFT,TOP,RIGHT,BOTTOM in whole pixels"),
         (
             ["--image", "photo.png", "--mask", "square.png"],
@@ -267,3 +273,46 @@ def test_parts_that_cannot_be_painted(capsys, options, message):
     with pytest.raises(SystemExit):
         main(["generate", "lava", *options, *RUN])
     assert message in capsys.readouterr().err and not Path("instantas.png").exists()
+
+
+@pytest.mark.parametrize(
+    "options, name",
+    [
+        (["--image", "photo.png", "-o", "photo.png"], "output"),
+        (["--image", "photo.png", "--preview", "./photo.png"], "preview"),
+        (["--image", "photo.png", "--mask", "mask.png", "-o", "mask.png"], "output"),
+        (["--region", "snow@mask.png", "--size", "40x24", "--preview", "mask.png"], "preview"),
+        (["--image", "link.png", "-o", "photo.png"], "output"),
+    ],
+)
+def test_no_input_is_written_over(refused, options, name):
+    photo().save("photo.png")
+    photo(mode="L").save("mask.png")
+    Path("link.png").symlink_to("photo.png")
+    before = digest("photo.png"), digest("mask.png")
+    line = refused("generate", "lava", *options, *RUN, "--force")
+    assert line.startswith(f"instantas: {name}: expected a file of its own, got ")
+    assert (digest("photo.png"), digest("mask.png")) == before and not Path("instantas.png").exists()
+
+
+def test_the_digest_of_a_folder_is_that_of_what_is_loaded_from_it():
+    folder = Path("net").resolve()
+    (folder / "part").mkdir(parents=True)
+    (folder / "part" / "weights.safetensors").write_text("weights")
+    found = [digests([folder])]
+    (folder / "a.png").write_text("a picture")
+    found.append(digests([folder]))
+    (folder / "config.json").write_text("{}")
+    found.append(digests([folder]))
+    (folder / "config.json").rename(folder / "part" / "config.json")
+    found.append(digests([folder]))
+    assert found[0] == found[1] and len({each[str(folder)] for each in found}) == 3
+
+
+def test_a_folder_that_is_another_now_is_refused(refused, folder):
+    Path("lora").mkdir()
+    weights = Path("lora/pytorch_lora_weights.safetensors")
+    weights.write_bytes((folder / "lora0.safetensors").read_bytes())
+    main(["generate", "lava", "--size", "8x8", "--steps", "1", "--lora", "lora", "-o", "a.png", "--device", "cpu"])
+    weights.write_bytes((folder / "lora1.safetensors").read_bytes())
+    assert "lora', which has changed" in refused("generate", "--like", "a.png", "-o", "b.png")

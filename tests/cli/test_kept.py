@@ -156,7 +156,9 @@ def test_what_could_not_become_a_picture_is_decoded_later(refused, monkeypatch, 
                              "-o a.png")  # fmt: skip
         refused("generate", "--resume", "a.checkpoint", "-o", "a.png")
         assert sorted(os.listdir()) == ["a.checkpoint", "whole.png"]
-    assert "a.checkpoint', which exists" in refused("generate", "lava", "--size", "8x8", "-o", "a.png")
+    assert "output: expected no 'a.checkpoint', the file of a run that was stopped" in refused(
+        "generate", "lava", "--size", "8x8", "-o", "a.png"
+    )
     stopped_at(monkeypatch, 0, raising(AssertionError("the network was evaluated")))
     main(["generate", "--resume", "a.checkpoint", "-o", "a.png"])
     assert bytes_of("a.png") == bytes_of("whole.png") and sorted(os.listdir()) == ["a.png", "whole.png"]
@@ -190,7 +192,9 @@ def test_enlargements_go_on_too(stopped, refused, monkeypatch):
         line, resume = stopped(0, stop, *arguments, "--scale", scale, "-o", "a.png")
         assert f"the run is kept after step 1 of 2{stage}, go on with: instantas upscale --resume {files[-1]}" in line
         assert sorted(os.listdir()) == sorted([*files, "small.png", "whole.png"])
-        assert files[0] + "', which exists" in refused(*arguments, "--scale", scale, "-o", "a.png")
+        assert f"{files[-1]}', the file of a run that was stopped: go on with --resume {files[-1]}" in refused(
+            *arguments, "--scale", scale, "-o", "a.png"
+        )
         main(resume)
         assert bytes_of("a.png") == bytes_of("whole.png")
         assert sorted(os.listdir()) == ["a.png", "small.png", "whole.png"]
@@ -260,3 +264,41 @@ def test_only_a_run_of_the_command_goes_on(refused, stopped):
     assert "resume: expected what the picture was painted from" in line and line.endswith("which has changed")
     assert sorted(os.listdir()) == ["a.checkpoint", "photo.png", "text.checkpoint"]
     assert "PROMPT" in refused("generate", "--size", "8x8").upper() and "PICTURE" in refused("upscale").upper()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--guidance", "nan"),
+        ("--guidance-interval", "0.5", "0.2"),
+        ("--region", "snow@0,0,1,1", "--base-weight", "-1"),  # refused by the pipeline's call
+        ("--model", "a.checkpoint"),
+        ("--lora", "a.checkpoint"),
+        ("--regions", "a.checkpoint"),
+    ],
+)
+def test_force_takes_no_file_for_a_run_that_is_refused(refused, options):
+    Path("a.checkpoint").write_text("[]")
+    line = refused(*command("--size", "8x8", "--steps", "1", "-o", "a.png", "--force", *options))
+    assert ("output: expected a file of its own, got 'a.checkpoint'" in line) == ("a.checkpoint" in options)
+    assert os.listdir() == ["a.checkpoint"] and Path("a.checkpoint").read_text() == "[]"
+
+
+def test_force_takes_the_file_of_another_run_once_there_is_more_to_keep(stopped, refused, monkeypatch):
+    arguments = command("--size", "64x64", "--steps", "2", "-o", "a.png")
+    stopped(1, raising(KeyboardInterrupt()), *arguments)
+    before = bytes_of("a.checkpoint")
+    again = [*arguments, "--force", "--guidance", "2"]
+    with monkeypatch.context() as patch:
+        stopped_at(patch, 0, raising(KeyboardInterrupt()))
+        refused(*again)
+    assert os.listdir() == ["a.checkpoint"] and bytes_of("a.checkpoint") == before
+    stopped(1, raising(KeyboardInterrupt()), *again)
+    assert os.listdir() == ["a.checkpoint"] and bytes_of("a.checkpoint") != before
+    assert "expected only output, force, model, device, window_batch, checkpoint beside it, got dtype" in refused(
+        "generate", "--resume", "a.checkpoint", "--dtype", "bfloat16", "-o", "a.png"
+    )
+    main(arguments + ["--force"])
+    assert os.listdir() == ["a.png"]
+    line = refused("generate", "--resume", "a.png", "-o", "b.png")
+    assert line == "instantas: checkpoint: expected one that a run has kept, got 'a.png', another file"

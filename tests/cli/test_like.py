@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from instantas.cli import main
+from instantas.cli.like import OPTIONS
 from instantas.cli.pictures import read_record, write_picture
 
 REGIONS = ("--region", "snow@0,0,0.5,1", "--base-weight", "0.25", "--region-mode", "joint")
@@ -135,6 +136,44 @@ def test_other_records_are_refused(refused, change, told):
     write_picture(Image.new("RGB", (8, 8)), Path("a.png"), read_record(Path("a.png")) | change, True)
     assert told in refused("generate", "--like", "a.png", "-o", "b.png")
     assert not Path("b.png").exists()
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("regions", [{"prompt": "lava"}]),
+        ("regions", 3),
+        ("files", 3),
+        ("wrap", 5),
+        ("wrap", [True]),
+        ("loras", [{}]),
+        ("guidance_interval", 5),
+        ("extend", [1]),
+        ("bridging", 5),
+        ("negative_prompt", 5),
+    ],
+)
+def test_settings_of_no_run_are_refused(refused, name, value):
+    fields = {"num_inference_steps": 1, "guidance_scale": 1.0, "negative_prompt": None, "window_batch_size": 1}
+    fields |= {option: None for option in OPTIONS if option not in ("picture", "scale")} | {"files": {}, "regions": []}
+    fields |= {"wrap": [False, False], "guidance_interval": [0.0, 1.0], "loras": [], "controls": [], name: value}
+    text = {"prompt": "lava", "seed": "1", "size": "8x8", "Software": "instantas 0.1.0"}
+    write_picture(Image.new("RGB", (8, 8)), Path("a.png"), text | {"settings": json.dumps(fields)}, False)
+    line = refused("generate", "--like", "a.png", "-o", "b.png")
+    assert line == f"instantas: like: expected settings in 'a.png' that are a run's, got {name} {json.dumps(value)}"
+
+
+def test_a_mask_takes_the_place_of_sides_to_extend():
+    Image.new("RGB", (40, 24), "red").save("photo.png")
+    mask("all.png", 255)
+    start = "lava", "--image", "photo.png", "--steps", "1", "--seed", "1"
+    generate(*start, "--extend", "8,0,0,0", "-o", "wide.png")
+    generate(*start, "--mask", "all.png", "-o", "filled.png")
+    generate("--like", "wide.png", "--mask", "all.png", "-o", "a.png")
+    os.remove("all.png")
+    generate("--like", "filled.png", "--extend", "8,0,0,0", "-o", "b.png")
+    assert same("a.png", "filled.png") and same("b.png", "wide.png")
+    assert settings("a.png")["extend"] is None and settings("b.png")["mask"] is None
 
 
 def test_pictures_of_others_are_refused(refused):

@@ -53,6 +53,9 @@ def test_a_picture_becomes_larger_as_the_pipeline_makes_it(capsys):
         (["photo.png", "--prompt", "a cat"], "prompt: expected something that the embedded model paints"),
         (["photo.png", "-o", "big.gif"], "output: expected a file name that ends in .png"),
         (["photo.png", "-o", "photo.png"], "photo.png"),
+        (["photo.png", "-o", "photo.png", "--force"], "output: expected a file of its own, got 'photo.png'"),
+        (["photo.png", "--guidance", "inf"], "guidance: expected a finite number, got inf"),
+        (["photo.png", "--scale", "1e300"], "size: expected a picture that fits"),
         (["photo.png", "--scale", "100000"], "size: expected a picture that fits"),
     ],
 )
