@@ -267,5 +267,5 @@ def check_latents(latents: Any, shape: tuple[int, ...], sigma: float) -> None:
         warnings.warn(
             f"latents: expected standard normal noise, got a standard deviation of {spread:.3g}; they are multiplied "
             f"by the scheduler's init_noise_sigma, {sigma:.3g}, here: leave that out",
-            stacklevel=5,
+            stacklevel=6,
         )

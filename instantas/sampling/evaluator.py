@@ -71,7 +71,7 @@ class Batches:
         """Say once, at the first batch that fits, which one did not."""
         if self.failed and not self.warned:
             self.warned = True
-            warnings.warn(f"out of memory with {self.failed} windows at once; going on with {self.size}", stacklevel=7)
+            warnings.warn(f"out of memory with {self.failed} windows at once; going on with {self.size}", stacklevel=8)
 
 
 class Evaluator:

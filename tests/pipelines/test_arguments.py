@@ -310,7 +310,6 @@ REFUSED = [
     (TypeError, "callback_steps: expected callback_on_step_end", dict(callback_steps=1)),
     (TypeError, "callback_on_step_end: expected a function of .pipe, step", dict(callback_on_step_end=old_signature)),
     (TypeError, "callback_on_step_end: expected a function, got int", dict(callback_on_step_end=3)),
-    (TypeError, "mask_image: expected an argument that the call has", dict(mask_image=3)),
     (ValueError, "image: expected a picture in place of latents", dict(strength=0.5)),
     (TypeError, "cross_attention_kwargs: expected a dictionary", dict(cross_attention_kwargs=0.5)),
     (ValueError, "sigmas: expected either sigmas or num_inference_steps", dict(sigmas=[1.0, 0.0])),

@@ -165,7 +165,6 @@ def test_pictures_that_cannot_be_meant_are_refused(nets, image, error, told):
         ("controlnet_conditioning_scale", math.nan, ValueError),
         ("controlnet_conditioning_scale", math.inf, ValueError),
         ("controlnet_conditioning_scale", "1", TypeError),
-        ("controlnet_conditioning_scale", None, TypeError),
         ("controlnet_conditioning_scale", [1.0, 1.0], ValueError),
         ("controlnet_conditioning_scale", [[1.0]], TypeError),
         ("control_guidance_start", math.nan, ValueError),
