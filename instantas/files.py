@@ -58,7 +58,7 @@ def remove_parts(path: str | os.PathLike) -> None:
     """Remove what `whole_file` has left beside a path that one process alone writes, where it was killed."""
     path = Path(path)
     for part in path.parent.glob(f".{glob.escape(path.stem)}.*.part{glob.escape(path.suffix)}"):
-        if part.name[len(path.stem) + 2 : -len(f".part{path.suffix}")].isdecimal():  # no other stem's
+        if "." not in part.name[len(path.stem) + 2 : -len(f".part{path.suffix}")]:  # no other stem's
             part.unlink(missing_ok=True)
 
 
