@@ -8,11 +8,8 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
-from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
-from diffusers.pipelines.stable_diffusion_xl import StableDiffusionXLPipelineOutput
 from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 
@@ -26,19 +23,16 @@ from instantas.pipelines.arguments import (
     check_pipeline,
     check_scheduler,
     check_texts,
-    is_xl,
     prompts_of,
 )
 from instantas.pipelines.attention import regional_prompts
 from instantas.pipelines.bar import Counted, Shown
 from instantas.pipelines.callbacks import StepEnd
-from instantas.pipelines.codec import bands, decode
 from instantas.pipelines.conditions import adapter_embeds, adapter_masks, embed, micro_conditions
 from instantas.pipelines.control import control, picture_size
 from instantas.pipelines.denoiser import WindowDenoiser
 from instantas.pipelines.multidiffusion import RegionDenoiser, plain_colours, region_prompts
-from instantas.pipelines.pictures import shown
-from instantas.pipelines.starts import Source, Start, first_timestep, roles
+from instantas.pipelines.starts import Source, Start, first_timestep, roles, steps_before
 from instantas.pipelines.tasks import Tasks
 from instantas.pipelines.turns import host_tensors, turn
 from instantas.regions import RegionMap, check_blend, region_lists
@@ -252,7 +246,7 @@ class InstantASPipeline(Tasks):
             begin = None
             if strength is not None and (strength < 1 or mask_image is None):
                 begin = first_timestep(pipe.scheduler, strength)
-            end = _evaluations(pipe.scheduler, denoising_end)
+            end = steps_before(pipe.scheduler, denoising_end)
             if begin is not None and end <= begin:
                 raise ValueError(f"denoising_end: expected after where strength begins, got {denoising_end}")
             legs = coarse.legs(smaller, plan, pipe.scheduler, end)
@@ -364,72 +358,6 @@ class InstantASPipeline(Tasks):
             pipe.maybe_free_model_hooks()
         return self._output(images, flagged, return_dict)
 
-    @torch.no_grad()
-    def decode(
-        self,
-        latents: torch.Tensor,
-        height: int,
-        width: int,
-        *,
-        wrap: tuple[bool, bool] = (False, False),
-        output_type: str = "pil",
-        generator: torch.Generator | list[torch.Generator] | None = None,
-        tiles: str | int | tuple[int, int] = "auto",
-    ) -> Any:
-        """Pictures of so many pixels, as from the call, of what it gives with `output_type="latent"`.
-
-        Args:
-            tiles: "auto", "whole" or cells (`codec.decode`): smaller ones need less memory.
-
-        Raises:
-            TypeError, ValueError: for latents of another size, and for other tiles.
-        """
-        height, width, wrap = self._checked(latents, height, width, wrap)
-        return self._decoded(latents, (height, width), wrap, output_type, generator, tiles)[0]
-
-    @torch.no_grad()
-    def bands(
-        self,
-        latents: torch.Tensor,
-        height: int,
-        width: int,
-        *,
-        wrap: tuple[bool, bool] = (False, False),
-        generator: torch.Generator | None = None,
-        tiles: str | int | tuple[int, int] = "auto",
-    ) -> Iterator[np.ndarray]:
-        """The pixels that `decode` gives, in bands from top to bottom: (rows, width, 3) in uint8, as they come.
-
-        For a picture that is too large to be held: it never is, only one row of the autoencoder's tiles.
-
-        Args:
-            latents: (1, C, rows, columns), of one picture.
-
-        Raises:
-            TypeError, ValueError: as `decode`; and with a safety checker or a watermark, which need the whole picture.
-        """
-        height, width, wrap = self._checked(latents, height, width, wrap)
-        if self.needs_whole_pictures:
-            raise ValueError("safety_checker, watermark: expected none, as bands are no whole pictures, got one")
-        left = height
-        for band in bands(self.pipe.vae, latents, wrap=wrap, tiles=tiles, generator=generator):
-            rows = band[None, :, :left, :width]
-            left -= rows.shape[2]
-            yield np.asarray(self.pipe.image_processor.postprocess(rows, output_type="pil")[0])
-
-    @property
-    def needs_whole_pictures(self) -> bool:
-        """Whether there is a safety checker or a watermark."""
-        return any(getattr(self.pipe, name, None) is not None for name in ("safety_checker", "watermark"))
-
-    def _checked(self, latents, height, width, wrap):
-        """(height, width, wrap), which such latents have."""
-        height, width, wrap = self._size(height, width, wrap)
-        rows, columns = self.canvas(height, width)
-        if latents.shape[-2:] != (rows, columns):
-            raise ValueError(f"latents: expected (pictures, C, {rows}, {columns}), got {tuple(latents.shape)}")
-        return height, width, wrap
-
     def _regions(self, regions, size, wrap, base_weight, semantic_schedule):
         check_blend(base_weight, semantic_schedule)
         lists = region_lists(regions or ())
@@ -477,37 +405,3 @@ class InstantASPipeline(Tasks):
         wide = self.pipe.unet.config.time_cond_proj_dim
         embedding = self.pipe.get_guidance_scale_embedding(torch.tensor([scale - 1.0]), embedding_dim=wide)
         return embedding.to(noise).expand(len(noise), -1)
-
-    def _decoded(self, latents, size, wrap, output_type, generator, tiles="auto", source=None):
-        """(pictures, whether each was found unsafe or None)"""
-        pipe = self.pipe
-        if output_type == "latent":
-            return latents, None
-        images, flagged = decode(pipe.vae, latents, wrap=wrap, tiles=tiles, generator=generator), None
-        images = images[:, :, : size[0], : size[1]]
-        if getattr(pipe, "safety_checker", None) is not None:
-            images, flagged = pipe.run_safety_checker(images, images.device, images.dtype)
-        if getattr(pipe, "watermark", None) is not None:
-            images = pipe.watermark.apply_watermark(images)
-        safe = [True] * len(images) if flagged is None else [not unsafe for unsafe in flagged]
-        images = pipe.image_processor.postprocess(images, output_type="pt", do_denormalize=safe)
-        return shown(images if source is None else source.pasted(images), output_type), flagged
-
-    def _output(self, images, flagged, return_dict):
-        if is_xl(self.pipe):
-            return StableDiffusionXLPipelineOutput(images=images) if return_dict else (images,)
-        if not return_dict:
-            return images, flagged
-        return StableDiffusionPipelineOutput(images=images, nsfw_content_detected=flagged)
-
-
-def _evaluations(scheduler, denoising_end) -> int:
-    """How many of the scheduler's timesteps lie before the end."""
-    timesteps = scheduler.timesteps
-    if denoising_end is None or real("denoising_end", denoising_end, 0, 1, above=True) == 1:
-        return len(timesteps)
-    trained = scheduler.config.num_train_timesteps
-    count = int((timesteps >= int(round(trained - denoising_end * trained))).sum())
-    if not count:
-        raise ValueError(f"denoising_end: expected at least one step before it, got {denoising_end}")
-    return count

@@ -59,6 +59,18 @@ def first_timestep(scheduler: Any, strength: float) -> int:
     return (steps - taken) * order
 
 
+def steps_before(scheduler: Any, denoising_end: float | None) -> int:
+    """How many of the scheduler's timesteps lie before the end."""
+    timesteps = scheduler.timesteps
+    if denoising_end is None or real("denoising_end", denoising_end, 0, 1, above=True) == 1:
+        return len(timesteps)
+    trained = scheduler.config.num_train_timesteps
+    count = int((timesteps >= int(round(trained - denoising_end * trained))).sum())
+    if not count:
+        raise ValueError(f"denoising_end: expected at least one step before it, got {denoising_end}")
+    return count
+
+
 def stages(size: tuple[int, int], scale: float) -> list[tuple[int, int]]:
     """Sizes, of (height, width) pixels, through which a picture becomes `scale` times as large: each at most twice the
     one before.

@@ -10,19 +10,17 @@ import torch
 from instantas.checks import integer
 from instantas.pipelines.arguments import check_output, prompts_of
 from instantas.pipelines.control import picture_size
-from instantas.pipelines.held import HeldPipeline
+from instantas.pipelines.decoding import Decoding
 from instantas.pipelines.outpainting import Margins
 from instantas.pipelines.pictures import read_pictures, shown, upright
 from instantas.pipelines.starts import stages
 from instantas.sampling.checkpoint import Checkpoint
 
 
-class Tasks(HeldPipeline):
+class Tasks(Decoding):
     """Tasks beside the call that the pipeline has."""
 
     __call__: Callable[..., Any]
-    _decoded: Callable[..., Any]
-    _output: Callable[..., Any]
 
     def upscale(
         self, image: Any, scale: float = 4.0, prompt: Any = "", *, strength: float = 0.35, **settings: Any

@@ -21,33 +21,13 @@ from instantas import InstantASPipeline, Region
 from instantas.pipelines.pictures import read_masks
 from instantas.sampling.bridging import evaluations
 from instantas.testing.tiny import scheduler, tiny_controlnet, tiny_pipeline, tiny_xl_pipeline, unet
-
-NATIVE = 128
-
-
-def photo(width=NATIVE, height=NATIVE, seed=0):
-    rng = np.random.default_rng(seed)
-    small = Image.fromarray(rng.integers(0, 256, (5, 7, 3), dtype=np.uint8))
-    return small.resize((width, height), Image.Resampling.BICUBIC)
+from tests.pipelines.starting import NATIVE, close, latents_of, photo, seeded
 
 
 def mask(box=(21, 40, 90, 99), width=NATIVE, height=NATIVE):
     drawn = Image.new("L", (width, height))
     ImageDraw.Draw(drawn).rectangle(box, fill="white")
     return drawn
-
-
-def seeded(seed=1):
-    return torch.Generator().manual_seed(seed)
-
-
-def latents_of(pipe, **settings):
-    common = dict(num_inference_steps=6, guidance_scale=4.0, output_type="latent", generator=seeded())
-    return pipe(**dict(prompt="red brick") | common | settings).images
-
-
-def close(ours, theirs):
-    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
 def of(pipe, kind=StableDiffusionInpaintPipeline, **more):

@@ -4,21 +4,11 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionInpaintPipeline
-from PIL import Image
 
 from instantas import InstantASPipeline
 from instantas.pipelines.outpainting import Margins
 from instantas.testing.tiny import tiny_pipeline, tiny_xl_pipeline, unet
-
-
-def photo(width=128, height=128, seed=0):
-    rng = np.random.default_rng(seed)
-    small = Image.fromarray(rng.integers(0, 256, (5, 7, 3), dtype=np.uint8))
-    return small.resize((width, height), Image.Resampling.BICUBIC)
-
-
-def seeded(seed=1):
-    return torch.Generator().manual_seed(seed)
+from tests.pipelines.starting import photo, seeded
 
 
 @pytest.mark.parametrize("sides, channels", [((64, 0, 0, 0), 4), ((31, 17, 42, 50), 4), ((0, 13, 5, 0), 9)])

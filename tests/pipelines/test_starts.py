@@ -15,27 +15,7 @@ from PIL import Image
 from instantas import InstantASPipeline, Region
 from instantas.pipelines.starts import first_timestep, stages
 from instantas.testing.tiny import scheduler, tiny_controlnet, tiny_pipeline, tiny_xl_pipeline
-
-NATIVE = 128
-
-
-def photo(width=NATIVE, height=NATIVE, seed=0):
-    rng = np.random.default_rng(seed)
-    small = Image.fromarray(rng.integers(0, 256, (5, 7, 3), dtype=np.uint8))
-    return small.resize((width, height), Image.Resampling.BICUBIC)
-
-
-def seeded(seed=1):
-    return torch.Generator().manual_seed(seed)
-
-
-def latents_of(pipe, **settings):
-    common = dict(num_inference_steps=6, guidance_scale=4.0, output_type="latent", generator=seeded())
-    return pipe(**dict(prompt="red brick") | common | settings).images
-
-
-def close(ours, theirs):
-    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+from tests.pipelines.starting import close, latents_of, photo, seeded
 
 
 def quiet(pipe):
