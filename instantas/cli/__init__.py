@@ -18,7 +18,7 @@ from instantas.cli.comfyui import comfyui
 from instantas.cli.cost import window_count
 from instantas.cli.errors import message
 from instantas.cli.generate import generate
-from instantas.cli.options import DTYPES, Device, Size, default_device, wrap_option
+from instantas.cli.options import DTYPES, Size, default_device, device_option, wrap_option
 from instantas.cli.upscale import upscale
 from instantas.files import check_writable
 from instantas.ops.backend import BACKENDS
@@ -82,7 +82,7 @@ def plan(
 
 @app.command()
 @click.option("--quick", is_flag=True, help="In less than a minute, with wider quartiles.")
-@click.option("--device", type=Device(), help="By default cuda where there is one, else cpu.")
+@device_option
 @click.option("--dtype", type=click.Choice(list(DTYPES)), help="By default bfloat16 on a GPU, float32 elsewhere.")
 def bench(quick: bool, device: str | None, dtype: str | None) -> None:
     """Time the operations on this machine against what one would write in eager PyTorch."""

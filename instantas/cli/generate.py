@@ -16,9 +16,19 @@ from instantas.cli.cost import Memory
 from instantas.cli.finish import check_apart, check_finish, finish, write
 from instantas.cli.inputs import ControlType, LoraType, files, read_regions, whole
 from instantas.cli.kept import Kept, checkpoint_option
-from instantas.cli.like import check_beside, check_unchanged, is_given, replace_taken, take_settings
+from instantas.cli.like import check_beside, check_unchanged, is_given, replace_taken, resume_option, take_settings
 from instantas.cli.model import check_words, load
-from instantas.cli.options import DTYPES, FORCE, OUTPUT, SCHEDULERS, Device, Sides, Size, wrap_option
+from instantas.cli.options import (
+    OUTPUT,
+    SCHEDULERS,
+    Sides,
+    Size,
+    device_option,
+    dtype_option,
+    force_option,
+    window_batch_option,
+    wrap_option,
+)
 from instantas.cli.pictures import check_output, check_size, read_picture
 from instantas.cli.processes import processes
 from instantas.cli.record import record
@@ -108,14 +118,14 @@ STRENGTH = 0.8  # as in diffusers' img2img
     help="Regions' share over the steps.",
 )
 @click.option("--preview", type=click.Path(path_type=Path), help="Draw regions and windows to this file.")
-@click.option("--window-batch", type=click.IntRange(1), default=4, show_default=True, help="Windows per network call.")
+@window_batch_option
 @click.option("--cuda-graph", is_flag=True, help="Capture a step once and replay it; on a GPU, for many steps.")
-@click.option("--dtype", type=click.Choice(list(DTYPES)), help="By default float16 on a GPU, float32 elsewhere.")
-@click.option("--device", type=Device(), help="By default cuda where there is one, else cpu.")
+@dtype_option
+@device_option
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), default="instantas.png", show_default=True, help=OUTPUT
 )
-@click.option("--force", is_flag=True, help=FORCE)
+@force_option
 @click.option(
     "--like",
     type=click.Path(path_type=Path),
@@ -124,14 +134,7 @@ STRENGTH = 0.8  # as in diffusers' img2img
     callback=take_settings,
     help="Take all that is not given here, PROMPT included, from a picture that was painted before.",
 )
-@click.option(
-    "--resume",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    is_eager=True,
-    callback=take_settings,
-    help="Go on with a run that was stopped, to the same picture; all settings are in FILE.",
-)
+@resume_option
 @checkpoint_option
 @click.pass_context
 def generate(

@@ -156,3 +156,13 @@ def is_given(context: click.Context, name: str) -> bool:
 def is_taken(context: click.Context, name: str) -> bool:
     """Whether an option's value is the picture's."""
     return context.get_parameter_source(name) is ParameterSource.DEFAULT_MAP
+
+
+resume_option = click.option(
+    "--resume",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    is_eager=True,
+    callback=take_settings,
+    help="Go on with a run that was stopped, to the same picture; all settings are in FILE.",
+)

@@ -29,7 +29,6 @@ SCHEDULERS: dict[
     "unipc": ("UniPCMultistepScheduler", {}),
 }
 OUTPUT = "PNG, JPEG, WebP or TIFF by its ending; TIFF of more than 8192x8192 px is written as it is decoded."
-FORCE = "Replace the output if it exists, previews and the file of a run that was stopped too."
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -93,6 +92,16 @@ class Device(click.ParamType):
 
 
 wrap_option = click.option("--wrap", type=Wrap(), default=(False, False), help="Axes that close to a circle.")
+window_batch_option = click.option(
+    "--window-batch", type=click.IntRange(1), default=4, show_default=True, help="Windows per network call."
+)
+dtype_option = click.option(
+    "--dtype", type=click.Choice(list(DTYPES)), help="By default float16 on a GPU, float32 elsewhere."
+)
+device_option = click.option("--device", type=Device(), help="By default cuda where there is one, else cpu.")
+force_option = click.option(
+    "--force", is_flag=True, help="Replace the output if it exists, previews and the file of a stopped run too."
+)
 
 
 def default_device() -> str:

@@ -16,9 +16,16 @@ from instantas.cli.cost import Memory
 from instantas.cli.finish import check_apart, check_finish, finish
 from instantas.cli.inputs import whole
 from instantas.cli.kept import Kept, checkpoint_option
-from instantas.cli.like import check_beside, check_unchanged, take_settings
+from instantas.cli.like import check_beside, check_unchanged, resume_option
 from instantas.cli.model import check_words, load
-from instantas.cli.options import DTYPES, FORCE, OUTPUT, SCHEDULERS, Device
+from instantas.cli.options import (
+    OUTPUT,
+    SCHEDULERS,
+    device_option,
+    dtype_option,
+    force_option,
+    window_batch_option,
+)
 from instantas.cli.pictures import check_output, check_size, read_picture
 from instantas.cli.processes import processes
 from instantas.cli.record import record
@@ -38,19 +45,12 @@ from instantas.sampling.settings import set_timesteps
 @click.option("--scheduler", type=click.Choice(sorted(SCHEDULERS)), help="By default the model's own.")
 @click.option("--negative", metavar="PROMPT", help="What the picture should not show.")
 @click.option("--bridging", default=DEFAULT, show_default=True, metavar="NAME[+NAME]", help="As of generate.")
-@click.option("--window-batch", type=click.IntRange(1), default=4, show_default=True, help="Windows per network call.")
-@click.option("--dtype", type=click.Choice(list(DTYPES)), help="By default float16 on a GPU, float32 elsewhere.")
-@click.option("--device", type=Device(), help="By default cuda where there is one, else cpu.")
+@window_batch_option
+@dtype_option
+@device_option
 @click.option("-o", "--output", type=click.Path(path_type=Path), default="large.png", show_default=True, help=OUTPUT)
-@click.option("--force", is_flag=True, help=FORCE)
-@click.option(
-    "--resume",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    is_eager=True,
-    callback=take_settings,
-    help="As of generate.",
-)
+@force_option
+@resume_option
 @checkpoint_option
 @click.pass_context
 def upscale(context: click.Context, **options: Any) -> None:
