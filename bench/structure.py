@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 from scipy import ndimage
 
+from bench.bridging_pictures import SCENES
 from bench.quality import (
     bootstrap,
     gradient_energy,
@@ -35,14 +36,7 @@ from instantas.sampling import coarse
 from instantas.sampling.settings import set_timesteps
 
 SIDE, CELL = 128, 8  # of a native window, of a latent cell, in pixels
-PROMPTS = (
-    "grass next to gravel",
-    "sand next to water",
-    "brick next to lava",
-    "clouds next to purple nebula",
-    "wood next to leaves",
-    "snow next to gravel",
-)
+PROMPTS = SCENES[:6]
 SEEDS = {1: 5, 2: 5, 3: 2}  # of every prompt, by the windows a side
 LEAST = 0.03  # of the picture's area, that counts as a patch
 OCTAVES = (4, 8, 16, 32, 64, 128)  # wavelengths in pixels: bands between neighbours
