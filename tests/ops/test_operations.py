@@ -1,7 +1,6 @@
 """The operations on every backend that runs here, against the reference in float64."""
 
 import math
-from functools import partial
 
 import numpy as np
 import pytest
@@ -24,21 +23,6 @@ from instantas.testing.oracle import (
 from instantas.windows import WindowPlan
 
 RAGGED = PLANS["ragged"]
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request):
-    return request.param
-
-
-@pytest.fixture(params=oracle.DTYPES, ids=str)
-def dtype(request):
-    return request.param
-
-
-@pytest.fixture(params=PLANS)
-def plan(request):
-    return PLANS[request.param]
 
 
 def test_some_backend_besides_the_reference_is_tested():
@@ -340,133 +324,6 @@ class TestOffsetsPast2To31:
         out = ops.regional_attention(*far, ids, far_weights)
         plain = ops.regional_attention(*(t.contiguous() for t in far), ids, weights)
         assert torch.equal(out, plain) and (plain != 0).any()
-
-
-# Values: NaN, infinity, large and small
-
-
-def test_nan_in_a_window_reaches_only_the_cells_it_covers(backend, plan):
-    windows = normal(1, plan.count, 2, *plan.window)
-    windows[0, plan.count // 2] = math.nan
-    y, x = plan.origins[plan.count // 2]
-    covered = torch.zeros(plan.height, plan.width, dtype=torch.bool)
-    rows, columns = (np.arange(size) + start for size, start in zip(plan.window, (y, x)))
-    covered[np.ix_(rows % plan.height, columns % plan.width)] = True
-    sample = normal(1, 2, plan.height, plan.width)
-    step = lambda m, x: ops.guided_step(m, m, x, plan, [1, 2], 2.0)[0]  # noqa: E731
-    for call, arguments in ((lambda m: ops.scatter_windows(m, plan), [windows]), (step, [windows, sample])):
-        (out,) = run(backend, call, arguments, torch.float32)
-        assert torch.equal(out.isnan(), covered.expand_as(out))
-
-
-def test_nan_in_a_query_stays_there(backend):
-    arguments = [*attention_inputs(1, 20, 2, 8, 2, 9, 2), torch.ones(1, 2, 20)]
-    arguments[0][0, 3, 1] = math.nan
-    for mode in ("blend", "joint"):
-        (out,) = run(backend, lambda *a, m=mode: ops.regional_attention(*a, mode=m), arguments, torch.float32)
-        assert out[0, 3, 1].isnan().all() and out.isnan().sum() == 8
-
-
-@pytest.mark.parametrize("mode", ["blend", "joint"])
-def test_attention_without_any_weight_is_zero_and_so_are_its_gradients(backend, mode):
-    arguments = [*attention_inputs(1, 5, 2, 8, 2, 9, 2), torch.zeros(1, 2, 5)]
-    for result in run(backend, partial(ops.regional_attention, mode=mode), arguments, torch.float32, gradients=3):
-        assert (result == 0).all()
-
-
-@pytest.mark.parametrize("tokens", [1, 9, 77])
-def test_nan_in_one_of_many_queries_stays_there(backend, tokens):
-    """The host build gives as many of one prompt, in bfloat16, to an operation that may answer 0."""
-    query, key, value, _ = attention_inputs(1, 600, 1, 8, 1, tokens, 1)
-    query[0, 3] = math.nan
-    arguments = [query, key, value, torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, 1, 600)]
-    (out,) = run(backend, ops.regional_attention, arguments, torch.bfloat16)
-    assert out[0, 3].isnan().all() and out.isnan().sum() == 8
-
-
-@pytest.mark.parametrize("scale", [1e-6, 1e4])
-def test_extreme_values_of_windows(backend, scale):
-    plan, weight = PLANS["strided"], PLANS["strided"].weight("gaussian")
-    windows = normal(1, plan.count, 4, *plan.window, scale=scale)
-    judge(backend, lambda x, w: ops.scatter_windows(x, plan, w), [windows, weight * 1e-20], torch.float16)
-    sample = normal(1, 4, plan.height, plan.width, scale=scale)
-    step = lambda m, x: ops.guided_step(m, -m, x, plan, [0.1, 0.01], 30.0)[0]  # noqa: E731
-    judge(backend, step, [windows, sample], torch.float32)
-
-
-def test_overlap_weights_whose_reciprocal_is_infinite(backend, dtype):
-    plan = PLANS["strided"]
-    weight = plan.weight("gaussian") * 1e-30
-    assert weight.min() > 0 and weight.min().reciprocal().isinf()
-    windows, sample = normal(1, plan.count, 3, *plan.window), normal(1, 3, plan.height, plan.width)
-    judge(backend, lambda m, w: ops.scatter_windows(m, plan, w), [windows, weight], dtype)
-    judge(
-        backend,
-        lambda m, x, w: ops.guided_step(m, -m, x, plan, [1, 1], 2.0, weight=w)[0],
-        [windows, sample, weight],
-        dtype,
-    )
-
-
-def test_cells_of_one_window_are_copied(backend, plan, dtype):
-    """With weights too, up to the last digit of float32, which the weights cost."""
-    windows, alone = normal(1, plan.count, 3, *plan.window), torch.from_numpy(plan.coverage() == 1)
-    weights = [None] if dtype == torch.float32 else [None, plan.weight("gaussian")]
-    for weight in weights:
-        call = lambda m, w=weight: ops.scatter_windows(m, plan, w)  # noqa: E731
-        (out,), (exact,) = (
-            run(b, call, [windows.to(dtype).to(d)], d) for b, d in [(backend, dtype), ("reference", torch.float64)]
-        )
-        assert torch.equal(out[..., alone], exact[..., alone].to(dtype))
-
-
-@pytest.mark.parametrize("mode", ["blend", "joint"])
-def test_large_logits_and_tiny_weights(backend, mode):
-    query, key, value, ids = attention_inputs(1, 90, 2, 16, 3, 20, 3)
-    weights = region_weights(1, 3, 90) * torch.tensor([1.0, 1e-6, 1e-12])[:, None]
-    call = partial(ops.regional_attention, mode=mode)
-    judge(backend, call, [query * 30, key * 30, value, ids, weights], torch.float16, gradients=3)
-    judge(backend, call, [query, key, value * 1e3, ids, weights * 1e-20], torch.float16)
-    judge(backend, call, [query, key, value, ids, weights * 1e20], torch.float32, attention=True)
-
-
-@pytest.mark.parametrize("mode", ["blend", "joint"])
-def test_a_weight_too_small_to_count_beside_another(backend, mode):
-    """It is 0 relative to the other, whatever its prompt has to say."""
-    query, key, value, ids = attention_inputs(1, 20, 1, 8, 2, 9, 2)
-    key[1], ids = key[1] * 1e3, torch.tensor([[0, 1]])
-    weights = torch.tensor([4.0, 1e-45])[:, None].expand(1, 2, 20)
-    call = lambda *a: ops.regional_attention(*a, mode=mode)  # noqa: E731
-    out, *grads = run(backend, call, [query, key, value, ids, weights], torch.float32, gradients=3)
-    assert all(t.isfinite().all() for t in (out, *grads)) and all((g[1] == 0).all() for g in grads[1:])
-
-
-def test_the_gaussian_weight_keeps_its_corners_in_half_precision(backend):
-    """In float16 the weight itself would be 0 in the corners, and the mean 0 / 0."""
-    plan = WindowPlan.minimum_coverage(64, 64)
-    (out,) = judge(
-        backend,
-        lambda x, w: ops.scatter_windows(x, plan, w),
-        [normal(1, 1, 1, 64, 64), plan.weight("gaussian")],
-        torch.float16,
-    )
-    assert out.isfinite().all()
-
-
-def test_a_float64_weight(backend):
-    weight = positive(RAGGED.count, *RAGGED.window)
-    call = lambda x, w: ops.scatter_windows(x, RAGGED, w.double())  # noqa: E731
-    judge(backend, call, [normal(1, RAGGED.count, 3, *RAGGED.window), weight], torch.float32)
-
-
-def test_prompt_ids_outside_the_bank_are_never_read(backend):
-    """The public function refuses them on the CPU; on a GPU they cannot be looked at, and count as unused."""
-    query, key, value, _ = attention_inputs(1, 20, 1, 8, 3, 9, 4)
-    weights = torch.ones(1, 4, 20)
-    wild, tame = torch.tensor([[3, 1, -7, 2**31 - 1]]).int(), torch.tensor([[-1, 1, -1, -1]]).int()
-    raw = lambda q, k, v, i, w: torch.ops.instantas.regional_attention(q, k, v, i, w, False, 0.3)  # noqa: E731
-    out, plain = (run(backend, raw, [query, key, value, ids, weights], torch.float32, 3) for ids in (wild, tame))
-    assert all(map(torch.equal, out, plain)) and (out[0] != 0).all()
 
 
 def test_repeated_runs_give_the_same_bits(backend):

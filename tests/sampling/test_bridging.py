@@ -1,8 +1,6 @@
 """Bridges: what they evaluate, what they re-use, what they refuse."""
 
-import copy
 import itertools
-import pickle
 import types
 
 import diffusers
@@ -12,21 +10,14 @@ import torch
 
 from instantas.sampling import bridging
 from instantas.sampling.bridging import Centred, Dilated, Joined, Moments, Shift, Stage, View
-from instantas.sampling.noise import Level, levels
+from instantas.sampling.noise import Level
 from instantas.sampling.sampler import sample
 from instantas.testing.tiny import scheduler
 from instantas.windows import WindowPlan
+from tests.sampling.runs import noise, plan_of, random_plans
 
 NAMES = ("shift", "economy", "centred", "moments", "dilated", "shift+moments+dilated")
 WINDOW = 8
-
-
-def plan_of(height, width, window=WINDOW, **keywords):
-    return WindowPlan.minimum_coverage(height, width, window, **keywords)
-
-
-def noise(plan, pictures=1, seed=0):
-    return torch.randn(pictures, 4, plan.height, plan.width, generator=torch.Generator().manual_seed(seed))
 
 
 def content_denoiser(windows, timestep, context):
@@ -66,17 +57,6 @@ def test_a_single_window_that_wraps_moves():
 
 
 # What is evaluated
-
-
-def random_plans(count):
-    rng = np.random.default_rng(3)
-    while count:
-        window = tuple(rng.integers(1, 21, 2).tolist())
-        height, width = rng.integers(1, 75, 2).tolist()
-        plan = plan_of(height, width, window, wrap=tuple(map(bool, rng.integers(0, 2, 2))))
-        if plan.count > 1:
-            count -= 1
-            yield plan, int(rng.integers(1, 14))
 
 
 def test_every_cell_is_evaluated_or_has_a_prediction_to_reuse_for_500_sizes():
@@ -238,74 +218,6 @@ def test_half_precision_stays_close():
     assert (half.float() - full).abs().mean() < 0.03
 
 
-# The dilated view
-
-
-@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda view: pickle.loads(pickle.dumps(view))])
-def test_a_copied_view_brings_no_device_tables(copied):
-    view, cells = Dilated().step(0, 10, WindowPlan.minimum_coverage(20, 50, 16)).view, torch.rand(20, 50)
-    seen, size = view.apply(cells), len(pickle.dumps(view))
-    other = copied(view)
-    assert len(pickle.dumps(other)) == size and not other._placed
-    assert torch.equal(other.apply(cells), seen) and torch.equal(other.invert(seen), cells)
-
-
-@pytest.mark.parametrize("made_inside", [False, True])
-def test_a_view_used_in_inference_mode_holds_outside(made_inside):
-    plan = WindowPlan.minimum_coverage(20, 50, 16)
-    view = Dilated().step(0, 10, plan).view
-    with torch.inference_mode():
-        view = Dilated().step(0, 10, plan).view if made_inside else view
-        view.invert(view.apply(torch.rand(20, 50)))
-    cells = torch.rand(20, 50, requires_grad=True)
-    view.invert(view.apply(cells)).sum().backward()
-    assert torch.equal(cells.grad, torch.ones(20, 50))
-
-
-def test_views_show_every_cell_and_are_undone_for_500_sizes():
-    for plan, _ in random_plans(500):
-        stage = Dilated().step(0, 10, plan)
-        view, (h, w) = stage.view, plan.window
-        cells = torch.arange(plan.height * plan.width).reshape(1, 1, plan.height, plan.width)
-        seen = view.apply(cells)
-        assert torch.equal(view.invert(seen), cells)
-        assert stage.plan.count == plan.count
-        for index, length, window in ((view.rows, plan.height, h), (view.columns, plan.width, w)):
-            each = index.reshape(-1, window)
-            assert (each[:, 1:] > each[:, :-1]).all()  # a view runs over the axis once, in order
-            assert (each[:, -1] - each[:, 0] > length - 2 * length / window - 1).all()  # and over all of it
-            if length % window == 0:
-                assert torch.equal(index.sort()[0], torch.arange(length))
-                assert (each.diff() == length // window).all()
-
-
-def test_views_come_first_and_the_windows_after_them():
-    plan = plan_of(16, 24)
-    stages = [bridging.bridge("shift+dilated").step(i, 20, plan) for i in range(20)]
-    assert [stage.view is not None for stage in stages] == [True] * 4 + [False] * 16
-    assert stages[7].plan == Shift().step(7, 20, plan).plan
-    seen = []
-
-    def denoiser(windows, timestep, context):
-        seen.append(context.view is not None)
-        return windows
-
-    sample(denoiser, noise(plan), plan, scheduler(), num_inference_steps=20, window_batch_size=9, bridging="dilated")
-    assert seen == [True] * 4 + [False] * 16
-
-
-def test_windows_are_cut_from_the_view():
-    plan, given = plan_of(8, 16), []
-
-    def denoiser(windows, timestep, context):
-        given.append(windows)
-        return torch.zeros_like(windows)
-
-    canvas = noise(plan)
-    sample(denoiser, canvas, plan, scheduler("sample"), num_inference_steps=1, bridging=Dilated(until=1.0))
-    assert torch.equal(given[0][0], canvas[0, :, :, 0::2]) and torch.equal(given[0][1], canvas[0, :, :, 1::2])
-
-
 # Moments
 
 
@@ -331,46 +243,6 @@ def test_moments_end():
     moments = Moments(until=0.5)
     assert [moments.step(i, 10, plan).adjust is not None for i in range(10)] == [True] * 5 + [False] * 5
     assert Moments(strength=0).step(0, 10, plan).adjust is None
-
-
-# Noise levels
-
-
-@pytest.mark.parametrize("predicts", ["epsilon", "sample", "v_prediction", "flow_prediction"])
-def test_levels_turn_predictions_into_clean_samples_and_back(predicts):
-    pair = (0.8, 0.6) if predicts != "flow_prediction" else (0.3, 0.7)
-    later = (0.96, 0.28) if predicts != "flow_prediction" else (0.9, 0.1)
-    level, to = Level(*pair, predicts), Level(*later, predicts)
-    clean, eps = torch.randn(2, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    said = {
-        "epsilon": lambda a, s: eps,
-        "sample": lambda a, s: clean,
-        "v_prediction": lambda a, s: a * eps - s * clean,
-        "flow_prediction": lambda a, s: eps - clean,
-    }[predicts]
-    x = level.signal * clean + level.noise * eps
-    assert torch.allclose(level.clean(said(*pair), x), clean)
-    assert torch.allclose(level.prediction(clean, x), said(*pair))
-    (p, q), (p_later, q_later) = level.carry, to.carry
-    x_later = to.signal * clean + to.noise * eps
-    assert torch.allclose((p * x + q * said(*pair) - p_later * x_later) / q_later, said(*later))
-
-
-def test_levels_are_read_off_the_scheduler():
-    ddim = scheduler("v_prediction")
-    ddim.set_timesteps(10)
-    for level, t in zip(levels(ddim), ddim.timesteps):
-        assert level.signal**2 == pytest.approx(ddim.alphas_cumprod[t].item(), rel=1e-5)
-        assert level.signal**2 + level.noise**2 == pytest.approx(1)
-        assert level.predicts == "v_prediction"
-    euler = scheduler(kind=diffusers.EulerDiscreteScheduler, timestep_spacing="linspace")
-    euler.set_timesteps(7)  # timesteps between the table's entries
-    for level, sigma in zip(levels(euler), euler.sigmas):
-        assert level.noise / level.signal == pytest.approx(sigma.item(), rel=1e-3)
-    flow = diffusers.FlowMatchEulerDiscreteScheduler()
-    flow.set_timesteps(5)
-    assert [level.noise for level in levels(flow)] == pytest.approx(flow.sigmas[:5].tolist())
-    assert levels(object.__new__(type("Other", (), {}))) is None
 
 
 # What is refused
