@@ -1,4 +1,4 @@
-"""Train a model of the embedded one's kind: `python -m instantas.demo.train --out DIR [--minutes 60] [--threads N]`.
+"""Train a model of the embedded one's kind: `python -m instantas.demo.train --out DIR [--minutes 120] [--threads N]`.
 
 Five stages share the time: pictures, autoencoder, their latents, diffusion model, decoder. The same seed starts from
 the same weights and pictures; how far a stage comes depends on the machine.
@@ -22,13 +22,14 @@ import torch
 
 if TYPE_CHECKING:
     from instantas.demo.training.materials import Render
+    from instantas.demo.training.scenes import Scene
     from instantas.demo.training.stage import Stage
 
-SHARES = {"pictures": 0.02, "autoencoder": 0.30, "latents": 0.03, "diffusion": 0.50, "decoder": 0.15}
+SHARES = {"pictures": 0.03, "autoencoder": 0.27, "latents": 0.03, "diffusion": 0.55, "decoder": 0.12}
 """The parts of the time that go to the stages."""
 
-PICTURES = 60
-"""Training pictures of every material, if there is time to draw them."""
+PICTURES, SCENES = 60, 180
+"""Training pictures of every material and scenes of every subject, if there is time to draw them."""
 
 DEFAULTS = {"num_inference_steps": 25, "guidance_scale": 2.5}
 """The settings that suit the model, written into `instantas.json`."""
@@ -55,16 +56,20 @@ def whole_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def draw_pictures(stage: Stage, seed: int) -> list[Render]:
-    """Renders of all materials in turn until the time is over, at least two and at most PICTURES of each."""
+def draw_pictures(stage: Stage, seed: int) -> tuple[list[Render], list[Scene]]:
+    """Scenes of all subjects in turn, between them renders of all materials, until the time is over."""
     from instantas.demo import MATERIALS
     from instantas.demo.training.materials import render
+    from instantas.demo.training.scenery import SCENES as SUBJECTS
+    from instantas.demo.training.scenes import render_scene
 
-    renders = []
-    stage.most = PICTURES
+    renders, scenes = [], []
+    stage.most, each = SCENES, SCENES // PICTURES
     for _ in stage:
-        renders += [render(material, stage.step, seed) for material in MATERIALS]
-    return renders
+        if stage.step % each == 0:
+            renders += [render(material, stage.step // each, seed) for material in MATERIALS]
+        scenes += [render_scene(subject, stage.step, seed) for subject in SUBJECTS]
+    return renders, scenes
 
 
 def save_pipeline(
@@ -99,6 +104,41 @@ def save_pipeline(
     (folder / "instantas.json").write_text(json.dumps(DEFAULTS, indent=2) + "\n", encoding="utf-8")
 
 
+def load_start(folder: Path, autoencoder: Any, unet: Any, text_encoder: Any, tokenizer: Any) -> None:
+    """Copy the weights of a model of this kind into untrained ones; a token's embedding goes where its word is now.
+
+    Raises:
+        ValueError: if the folder's model is of another kind.
+    """
+    from diffusers import AutoencoderTiny, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    try:
+        parts = [
+            (autoencoder, AutoencoderTiny.from_pretrained(folder / "vae", torch_dtype=torch.float32)),
+            (unet, UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=torch.float32)),
+            (text_encoder, CLIPTextModel.from_pretrained(folder / "text_encoder", torch_dtype=torch.float32)),
+        ]
+        old = CLIPTokenizer.from_pretrained(folder / "tokenizer").get_vocab()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"start: expected a folder that training has written, got {str(folder)!r}: {error}") from error
+    known = [(number, old[token]) for token, number in tokenizer.get_vocab().items() if token in old]
+    now, before = (list(column) for column in zip(*known))
+    for part, trained in parts:
+        weights = trained.state_dict()
+        for name, weight in part.state_dict().items():
+            if name.endswith("token_embedding.weight"):
+                moved = weight.clone()
+                moved[now] = weights[name][before]
+                weights[name] = moved
+        try:
+            part.load_state_dict(weights)
+        except RuntimeError as error:
+            raise ValueError(
+                f"start: expected a model of the embedded one's shape, got {str(folder)!r}: {error}"
+            ) from error
+
+
 def _edit_json(path: Path, **changes: str | None) -> None:
     """Set the entries; None removes one."""
     entries = json.loads(path.read_text(encoding="utf-8")) | changes
@@ -108,9 +148,10 @@ def _edit_json(path: Path, **changes: str | None) -> None:
 
 def train(
     out: str | os.PathLike,
-    minutes: float = 60,
+    minutes: float = 120,
     threads: int | None = None,
     seed: int = 0,
+    start: str | os.PathLike | None = None,
     report: Callable[[str], None] = print,
 ) -> Path:
     """Train a model and write it as a folder in diffusers' layout, whole or not at all.
@@ -120,6 +161,7 @@ def train(
         minutes: time for the five stages together; writing the folder takes some seconds more.
         threads: CPU threads, by default torch's own choice.
         seed: start of all random numbers.
+        start: folder of a model of this kind whose weights are trained on; words that it does not know are new.
         report: called with every progress line.
 
     Raises:
@@ -136,7 +178,7 @@ def train(
     with whole_folder(out) as folder, tempfile.TemporaryDirectory() as vocabulary:
         from instantas.demo.training.autoencoder import make_autoencoder, train_autoencoder, train_decoder
         from instantas.demo.training.diffusion import make_text_encoder, make_unet, train_diffusion
-        from instantas.demo.training.latents import make_latents
+        from instantas.demo.training.latents import halved, make_latents
         from instantas.demo.training.stage import Stage
         from instantas.demo.training.tokenizer import make_tokenizer
 
@@ -146,17 +188,19 @@ def train(
             torch.set_num_threads(threads)
         stages = {name: Stage(name, 60 * minutes * share, report) for name, share in SHARES.items()}
         tokenizer = make_tokenizer(Path(vocabulary))
-        renders = draw_pictures(stages["pictures"], seed)
-        report(f"{len(renders)} pictures, {len(tokenizer)} tokens")
-        images = np.stack([render.image for render in renders])
-        autoencoder = make_autoencoder()
-        train_autoencoder(autoencoder, images, stages["autoencoder"], rng)
-        data = make_latents(autoencoder, tokenizer, renders, stages["latents"], rng)
+        autoencoder, unet, text_encoder = make_autoencoder(), make_unet(), make_text_encoder(tokenizer)
+        if start is not None:
+            load_start(Path(start), autoencoder, unet, text_encoder, tokenizer)
+        renders, scenes = draw_pictures(stages["pictures"], seed)
+        report(f"{len(renders)} pictures of materials, {len(scenes)} scenes, {len(tokenizer)} tokens")
+        wholes = [scene.image for scene in scenes]
+        pictures = ([render.image for render in renders], wholes, [halved(image) for image in wholes])
+        train_autoencoder(autoencoder, pictures, stages["autoencoder"], rng)
+        data = make_latents(autoencoder, tokenizer, renders, scenes, stages["latents"], rng)
         report(f"{len(data.joint)} pictures of two materials, scaling factor {data.scale:.4f}")
         autoencoder.register_to_config(scaling_factor=data.scale)
-        unet, text_encoder = make_unet(), make_text_encoder(tokenizer)
         train_diffusion(unet, text_encoder, tokenizer, data, stages["diffusion"], rng)
-        train_decoder(autoencoder, images, stages["decoder"], rng)
+        train_decoder(autoencoder, pictures, stages["decoder"], rng)
         save_pipeline(folder, autoencoder, text_encoder, unet, tokenizer, Path(vocabulary))
     report(f"wrote {out}")
     return out
@@ -168,12 +212,14 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m instantas.demo.train", description="Train a model like the embedded one on a CPU."
     )
     parser.add_argument("--out", required=True, help="the folder to write, new or empty")
-    parser.add_argument("--minutes", type=float, default=60, help="for all stages; 0.05: two rounds of each")
+    parser.add_argument("--minutes", type=float, default=120, help="for all stages; 0.05: two rounds of each")
     parser.add_argument("--threads", type=int, help="CPU threads; by default torch's own choice")
     parser.add_argument("--seed", type=int, default=0, help="start of all random numbers")
+    parser.add_argument("--start", help="folder of a model like it, whose weights are trained on")
     options = parser.parse_args(arguments)
+    settings = dict(minutes=options.minutes, threads=options.threads, seed=options.seed, start=options.start)
     try:
-        train(options.out, options.minutes, options.threads, options.seed, lambda line: print(line, flush=True))
+        train(options.out, **settings, report=lambda line: print(line, flush=True))
     except ModuleNotFoundError as error:
         print(f"training needs {error.name}: pip install 'instantas[train,diffusers]'", file=sys.stderr)
         return 2

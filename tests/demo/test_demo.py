@@ -206,6 +206,38 @@ def test_training_has_changed_every_part(trained):
         assert [p.shape for p in found.parameters()] == [p.shape for p in make().parameters()]
 
 
+def test_training_can_go_on_from_a_model(trained, tmp_path):
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    from instantas.demo.training.autoencoder import make_autoencoder
+    from instantas.demo.training.diffusion import make_text_encoder, make_unet
+
+    class Renumbered:
+        """The words in order, and one of them new."""
+
+        def get_vocab(self):
+            names = sorted(CLIPTokenizer.from_pretrained(trained / "tokenizer").get_vocab())
+            return {name if name != "lava</w>" else "lavender</w>": number for number, name in enumerate(names)}
+
+    renumbered = Renumbered().get_vocab()
+    parts = make_autoencoder(), make_unet(), make_text_encoder(tokenizer.make_tokenizer(tmp_path))
+    untrained = parts[2].get_input_embeddings().weight.detach().clone()
+    train.load_start(trained, *parts, Renumbered())
+    before = CLIPTextModel.from_pretrained(trained / "text_encoder", torch_dtype=torch.float32)
+    old = CLIPTokenizer.from_pretrained(trained / "tokenizer").get_vocab()
+    moved, table = parts[2].get_input_embeddings().weight, before.get_input_embeddings().weight
+    assert torch.equal(moved[renumbered["snow</w>"]], table[old["snow</w>"]])
+    assert torch.equal(moved[renumbered["lavender</w>"]], untrained[renumbered["lavender</w>"]])
+    for part, name in zip(parts, ("vae", "unet", "text_encoder")):
+        kept = type(part).from_pretrained(trained / name, torch_dtype=torch.float32).state_dict()
+        assert all(torch.equal(w, kept[n]) for n, w in part.state_dict().items() if "token_embedding" not in n)
+
+
+def test_a_model_of_another_kind_is_no_start(tmp_path, capsys):
+    assert train.main(["--out", str(tmp_path / "model"), "--start", str(tmp_path), "--minutes", "1e-4"]) == 2
+    assert capsys.readouterr().err.startswith("start: expected a folder that training has written, got ")
+
+
 WRONG = {
     "minutes: expected a positive number, got 0.0": ["--minutes", "0"],
     "minutes: expected a positive number, got nan": ["--minutes", "nan"],

@@ -6,7 +6,7 @@ decoded in tiles.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -72,18 +72,23 @@ def gradient_loss(a: torch.Tensor, b: torch.Tensor, levels: int = 3) -> torch.Te
     return loss + F.l1_loss(a, b)
 
 
-def random_crops(rng: np.random.Generator, images: np.ndarray, side: int, mixed: float = 0.12) -> torch.Tensor:
-    """(BATCH, 3, side, side) crops in -1..1, mirrored at random; a part of them shows two materials with a border.
+Pictures = Sequence[Sequence[np.ndarray]]
+"""Groups of uint8 pictures (h, w, 3) of any size; each group is shown as often as the others."""
+
+
+def random_crops(rng: np.random.Generator, pictures: Pictures, side: int, mixed: float = 0.12) -> torch.Tensor:
+    """(BATCH, 3, side, side) crops in -1..1, mirrored at random; a part of them shows two pictures with a border.
 
     Args:
         rng: source of the choices.
-        images: uint8 (n, size, size, 3).
+        pictures: what to crop.
         side: side of the crops in pixels.
         mixed: the share of crops with a border.
     """
 
     def crop() -> np.ndarray:
-        image = images[rng.integers(len(images))]
+        group = pictures[int(rng.integers(len(pictures)))]
+        image = group[int(rng.integers(len(group)))]
         y, x = rng.integers(0, image.shape[0] - side + 1, 2)
         part = image[y : y + side, x : x + side]
         return part[:, ::-1] if rng.random() < 0.5 else part
@@ -100,7 +105,7 @@ def random_crops(rng: np.random.Generator, images: np.ndarray, side: int, mixed:
     return batch.contiguous(memory_format=torch.channels_last)
 
 
-def train_autoencoder(autoencoder: Any, images: np.ndarray, stage: Stage, rng: np.random.Generator) -> None:
+def train_autoencoder(autoencoder: Any, pictures: Pictures, stage: Stage, rng: np.random.Generator) -> None:
     """Train encoder and decoder in place; the discriminator joins after 30 % of the time.
 
     The latents are kept near mean 0 and standard deviation 1, and get noise before they are decoded, so that the
@@ -108,7 +113,7 @@ def train_autoencoder(autoencoder: Any, images: np.ndarray, stage: Stage, rng: n
     """
     game = _Game(autoencoder.parameters(), learning_rate=1e-3)
     for done in stage:
-        target = random_crops(rng, images, CROP)
+        target = random_crops(rng, pictures, CROP)
         with torch.autocast("cpu", torch.bfloat16):
             latents = autoencoder.encoder(target)
             output = autoencoder.decoder(latents + 0.08 * torch.randn_like(latents))
@@ -119,17 +124,17 @@ def train_autoencoder(autoencoder: Any, images: np.ndarray, stage: Stage, rng: n
     game.average.copy_to_parameters()
 
 
-def train_decoder(autoencoder: Any, images: np.ndarray, stage: Stage, rng: np.random.Generator) -> None:
+def train_decoder(autoencoder: Any, pictures: Pictures, stage: Stage, rng: np.random.Generator) -> None:
     """Train the decoder alone, in place, on crops whose surroundings the encoder sees; the latents do not change."""
     game = _Game(autoencoder.decoder.parameters(), learning_rate=5e-4)
     cell = CONTEXT // 8
     for done in stage:
-        pictures = random_crops(rng, images, CROP + 2 * CONTEXT)
+        crops = random_crops(rng, pictures, CROP + 2 * CONTEXT)
         with torch.autocast("cpu", torch.bfloat16):
             with torch.no_grad():
-                latents = autoencoder.encoder(pictures)[:, :, cell:-cell, cell:-cell]
+                latents = autoencoder.encoder(crops)[:, :, cell:-cell, cell:-cell]
             output = autoencoder.decoder(latents + 0.1 * torch.randn_like(latents))
-        target = pictures[:, :, CONTEXT:-CONTEXT, CONTEXT:-CONTEXT].contiguous(memory_format=torch.channels_last)
+        target = crops[:, :, CONTEXT:-CONTEXT, CONTEXT:-CONTEXT].contiguous(memory_format=torch.channels_last)
         game.step(stage, done, output.float(), target, torch.zeros(()), adversarial_weight=0.1 * min(1.0, done / 0.08))
     game.average.copy_to_parameters()
 

@@ -1,4 +1,4 @@
-"""Captions of the training pictures, of one material and of two."""
+"""Captions of the training pictures: of one material, of two, and of scenes."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from instantas.demo.training.palettes import LOOKS, NOUNS, Look
+from instantas.demo.training.scenery import LIGHTS, SCENES, SETTINGS
 
 TEMPLATES = (
     (0.50, "{}"),
@@ -28,9 +29,19 @@ JOINT_TEMPLATES = (
 )
 """Probability and wording of a caption of two materials."""
 
+SCENE_TEMPLATES = (
+    (0.70, "{}"),
+    (0.12, "a photo of {}"),
+    (0.18, "a picture of {}"),
+)
+"""Probability and wording of a caption of a scene."""
+
+SAID = {"day": 0.4, "dusk": 0.7, "night": 0.75}
+"""How often a caption of a scene with a subject names its light."""
+
 FILLERS = (
     "the image closeup view surface seamless detailed beautiful natural realistic high quality with under over big "
-    "small large wide landscape pattern ground wall floor field covered full very bright soft rough smooth"
+    "small large wide landscape pattern ground wall floor covered full very bright soft rough smooth"
 ).split()
 """Words that people add to a prompt and that say nothing about the material."""
 
@@ -56,7 +67,10 @@ def phrase(rng: np.random.Generator, material: str, look: Look, other_noun: floa
 
 def caption(rng: np.random.Generator, material: str, look: Look) -> str:
     """A caption of one material; every fifth has a word in it that means nothing, so that unknown words do no harm."""
-    text = _fill(rng, TEMPLATES, phrase(rng, material, look))
+    return _with_noise(rng, _fill(rng, TEMPLATES, phrase(rng, material, look)))
+
+
+def _with_noise(rng: np.random.Generator, text: str) -> str:
     if rng.random() < 0.2:
         letters = "".join(rng.choice(list(string.ascii_lowercase), rng.integers(3, 9)))
         filler = rng.choice(FILLERS) if rng.random() < 0.5 else letters
@@ -73,9 +87,31 @@ def joint_caption(rng: np.random.Generator, first: tuple[str, Look], second: tup
     return text if rng.random() < 0.75 else f"{rng.choice(('a photo of', 'a picture of'))} {text}"
 
 
+def scene_caption(rng: np.random.Generator, subject: str, setting: str, light: str) -> str:
+    """A caption of a scene: its subject with or without setting and light; where there is none, the setting's."""
+    names, places = SETTINGS[setting]
+    time = rng.choice(LIGHTS[light].words)
+    if not subject:
+        return _with_noise(rng, _fill(rng, SCENE_TEMPLATES, f"{rng.choice(names)} {time}"))
+    nouns = SCENES[subject].nouns
+    noun = str(rng.choice(nouns) if rng.random() < 0.4 else nouns[0])
+    text = noun if rng.random() < 0.6 else f"a {noun}"
+    named = rng.random()
+    if named < 0.45:
+        text = f"{text} {rng.choice(places)}"
+    elif named < 0.65:
+        text = f"{text}, {rng.choice(names)}"
+    if rng.random() < SAID[light]:
+        text = f"{text} {time}"
+    return _with_noise(rng, _fill(rng, SCENE_TEMPLATES, text))
+
+
 def words() -> list[str]:
     """Every word of every caption, sorted: the tokenizer gives each a token of its own."""
-    texts = [template for _, template in TEMPLATES + JOINT_TEMPLATES] + FILLERS + PLACES
+    texts = [template for _, template in TEMPLATES + JOINT_TEMPLATES + SCENE_TEMPLATES] + FILLERS + PLACES
+    texts += [noun for kind in SCENES.values() for noun in kind.nouns]
+    texts += [phrase for setting in SETTINGS.values() for phrases in setting for phrase in phrases]
+    texts += [phrase for light in LIGHTS.values() for phrase in light.words]
     texts += [noun for nouns in NOUNS.values() for noun in nouns]
     texts += [adjective for looks in LOOKS.values() for look in looks for adjective in look.adjectives]
     bare = " ".join(texts).replace("{}", " ").replace(",", " ")

@@ -18,8 +18,14 @@ from instantas.demo.training.latents import WINDOW, TrainingLatents
 from instantas.demo.training.stage import MovingAverage, Stage, set_learning_rate
 from instantas.demo.training.tokenizer import MAX_LENGTH
 
-BATCH, JOINT = 24, 6
-"""Windows of a step, and how many of them show two materials."""
+SINGLE, JOINT, SCENES, DETAILS = 9, 4, 12, 3
+"""Windows of a step: of one material, of two, whole scenes, and parts of scenes at twice the size."""
+
+BATCH = SINGLE + JOINT + SCENES + DETAILS
+
+DETAILS_UNTIL = 0.5
+"""Parts of scenes are shown at the schedule's earlier, less noisy time steps alone: where the noise hides nearly all, a
+window is a whole scene, and what a part's caption does not say is already in the picture."""
 
 DROPPED_CAPTIONS = 0.12
 LEARNING_RATE = 6e-4
@@ -97,30 +103,48 @@ class MatmulAttention:
 def draw_batch(
     data: TrainingLatents, empty: torch.Tensor, rng: np.random.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Latents (BATCH, 4, WINDOW, WINDOW) and their caption tokens (BATCH, MAX_LENGTH); some captions are `empty`."""
+    """Latents (BATCH, 4, WINDOW, WINDOW) and their caption tokens (BATCH, MAX_LENGTH); some captions are `empty`.
+
+    The last DETAILS are parts of scenes.
+    """
 
     def crop(latents: torch.Tensor) -> torch.Tensor:
         y, x = rng.integers(0, latents.shape[-1] - WINDOW + 1, 2)
         return latents[:, y : y + WINDOW, x : x + WINDOW]
 
-    singles = rng.choice(len(data.single), BATCH - JOINT, p=data.weights)
+    def caption(tokens: torch.Tensor, chosen: np.ndarray) -> torch.Tensor:
+        return tokens[chosen, rng.integers(0, tokens.shape[1], len(chosen))]
+
+    singles = rng.choice(len(data.single), SINGLE, p=data.weights)
     joints = rng.integers(0, len(data.joint), JOINT)
-    crops = [crop(data.single[i, rng.integers(2)]) for i in singles] + [crop(data.joint[i]) for i in joints]
-    single_tokens = data.single_tokens[singles, rng.integers(0, data.single_tokens.shape[1], len(singles))]
-    joint_tokens = data.joint_tokens[joints, rng.integers(0, data.joint_tokens.shape[1], JOINT)]
+    scenes, details = np.split(rng.integers(0, len(data.scenes), SCENES + DETAILS), [SCENES])
+    crops = [
+        *(crop(data.single[i, rng.integers(2)]) for i in singles),
+        *(crop(data.joint[i]) for i in joints),
+        *(data.scenes[i, rng.integers(2)] for i in scenes),
+        *(crop(data.details[i]) for i in details),
+    ]
+    captions = [
+        caption(data.single_tokens, singles),
+        caption(data.joint_tokens, joints),
+        caption(data.scene_tokens, scenes),
+        caption(data.scene_tokens, details),
+    ]
     dropped = torch.from_numpy(rng.random((BATCH, 1)) < DROPPED_CAPTIONS)
-    return torch.stack(crops).float(), torch.where(dropped, empty, torch.cat([single_tokens, joint_tokens]))
+    return torch.stack(crops).float(), torch.where(dropped, empty, torch.cat(captions))
 
 
 def add_noise(latents: torch.Tensor, alphas_cumprod: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(noisy latents, time steps, wanted v). The time steps of a batch are spread evenly.
+    """(noisy latents, time steps, wanted v). The time steps of a batch are spread evenly, the last DETAILS' halved.
 
     Sampling starts from pure noise although the schedule's last step still holds a little of the picture; a third of
     the samples at the last steps are pure noise too, or dark and bright prompts would lose their brightness.
     """
     count = len(latents)
     steps = len(alphas_cumprod)
-    t = ((torch.rand(1) + torch.randperm(count) / count) % 1 * steps).long().clamp(max=steps - 1)
+    share = (torch.rand(1) + torch.randperm(count) / count) % 1
+    share[count - DETAILS :] *= DETAILS_UNTIL
+    t = (share * steps).long().clamp(max=steps - 1)
     signal = alphas_cumprod[t].sqrt().view(-1, 1, 1, 1)
     noise_level = (1 - alphas_cumprod[t]).sqrt().view(-1, 1, 1, 1)
     noise = torch.randn_like(latents)

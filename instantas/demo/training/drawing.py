@@ -36,26 +36,29 @@ def fractal_noise(
     exponent: float = 3.0,
     stretch: tuple[float, float] = (1, 1),
     octaves: tuple[int, int] = (0, 9),
+    shape: tuple[int, int] = (SIZE, SIZE),
 ) -> np.ndarray:
-    """Periodic noise with the power spectrum 1 / f^exponent, zero mean, standard deviation 1.
+    """Periodic noise with the power spectrum 1 / f^exponent, zero mean, standard deviation 1; 0 where the shape is too
+    small for the octaves.
 
     Args:
         rng: source of the white noise.
         exponent: larger is smoother; 0 is white.
         stretch: factors (y, x) by which features are longer along an axis.
-        octaves: the band of frequencies, 2^low to 2^high cycles per picture.
+        octaves: the band of frequencies, 2^low to 2^high cycles in SIZE pixels.
+        shape: (height, width) in pixels.
     """
-    fy = np.fft.fftfreq(SIZE)[:, None] * SIZE * stretch[0]
-    fx = np.fft.fftfreq(SIZE)[None, :] * SIZE * stretch[1]
+    fy = np.fft.fftfreq(shape[0])[:, None] * SIZE * stretch[0]
+    fx = np.fft.fftfreq(shape[1])[None, :] * SIZE * stretch[1]
     frequency = np.hypot(fy, fx)
     frequency[0, 0] = 1
     amplitude = frequency ** (-exponent / 2) * (frequency >= 2.0 ** octaves[0]) * (frequency <= 2.0 ** octaves[1])
     amplitude[0, 0] = 0
-    field = np.fft.ifft2(np.fft.fft2(rng.standard_normal((SIZE, SIZE))) * amplitude).real
-    return (field / field.std()).astype(np.float32)
+    field = np.fft.ifft2(np.fft.fft2(rng.standard_normal(shape)) * amplitude).real
+    return (field / (field.std() or 1)).astype(np.float32)
 
 
-def smoothstep(values: np.ndarray, low: float, high: float) -> np.ndarray:
+def smoothstep(values: np.ndarray, low: float | np.ndarray, high: float | np.ndarray) -> np.ndarray:
     """0 below `low`, 1 above `high`, 3 t^2 - 2 t^3 between."""
     t = np.clip((values - low) / (high - low), 0, 1)
     return t * t * (3 - 2 * t)
@@ -140,7 +143,7 @@ def add_stars(
     )
     for count, faint, bright, radius, gain in kinds:
         points = np.zeros_like(picture)
-        y, x = rng.integers(0, SIZE, (2, count))
+        y, x = rng.integers(0, np.array(picture.shape[:2])[:, None], (2, count))
         brightness = faint + (bright - faint) * rng.random((count, 1)) ** 2
         temperature = 1 + rng.normal(0, 0.1, (count, 1)) * np.array([[1, 0.2, -1]])
         points[y, x] = brightness * np.clip(temperature, 0.7, 1.3)

@@ -1,4 +1,4 @@
-"""What the diffusion model is trained on: captioned latents of single materials and of two in one picture."""
+"""What the diffusion model is trained on: captioned latents of materials, of two in one picture, and of scenes."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from scipy import ndimage
 
-from instantas.demo.training.captions import caption, joint_caption
+from instantas.demo.training.captions import caption, joint_caption, scene_caption
 from instantas.demo.training.materials import Render
+from instantas.demo.training.scenes import Scene
 from instantas.demo.training.stage import Stage
 from instantas.demo.training.tokenizer import MAX_LENGTH
 
@@ -45,6 +47,9 @@ class TrainingLatents(NamedTuple):
         weights: (n,) probabilities of the pictures.
         joint: (m, 4, h', w').
         joint_tokens: (m, JOINT_CAPTIONS, MAX_LENGTH).
+        scenes: (k, 2, 4, WINDOW, WINDOW), every scene as it fills a native window, and its mirror image.
+        details: (k, 4, h, w), the same scenes at twice the size.
+        scene_tokens: (k, CAPTIONS, MAX_LENGTH).
         scale: the factor that has given them standard deviation 1.
     """
 
@@ -53,6 +58,9 @@ class TrainingLatents(NamedTuple):
     weights: np.ndarray
     joint: torch.Tensor
     joint_tokens: torch.Tensor
+    scenes: torch.Tensor
+    details: torch.Tensor
+    scene_tokens: torch.Tensor
     scale: float
 
 
@@ -85,10 +93,39 @@ def composite(rng: np.random.Generator, first: np.ndarray, second: np.ndarray) -
     return (crop(first) * (1 - share) + crop(second) * share + 0.5).astype(np.uint8)
 
 
+def halved(image: np.ndarray) -> np.ndarray:
+    """A uint8 picture at half its size."""
+    picture = Image.fromarray(image)
+    return np.asarray(picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.LANCZOS))
+
+
+def mirrored(images: np.ndarray) -> np.ndarray:
+    """(n, h, w, 3) flipped and moved by half a latent cell; what wraps around lies in the rim."""
+    return np.roll(images[:, :, ::-1], (4, 4), (1, 2))
+
+
 def make_latents(
-    autoencoder: Any, tokenizer: Any, renders: list[Render], stage: Stage, rng: np.random.Generator, batch: int = 8
+    autoencoder: Any,
+    tokenizer: Any,
+    renders: list[Render],
+    drawn: list[Scene],
+    stage: Stage,
+    rng: np.random.Generator,
+    batch: int = 8,
+    scale: float | None = None,
 ) -> TrainingLatents:
-    """Encode pictures and composites of them until the stage's time is over, at most four composites per picture."""
+    """Encode pictures and composites of them until the stage's time is over, at most four composites per picture.
+
+    Args:
+        autoencoder: the trained one.
+        tokenizer: what makes tokens of captions.
+        renders: pictures of materials.
+        drawn: pictures of scenes.
+        stage: the clock.
+        rng: source of all choices.
+        batch: pictures of a round.
+        scale: the factor for the latents; by default what gives those of materials standard deviation 1.
+    """
 
     def tokens(texts: list[str], each: int) -> torch.Tensor:
         ids = tokenizer(texts, padding="max_length", truncation=True, max_length=MAX_LENGTH, return_tensors="pt")
@@ -98,22 +135,31 @@ def make_latents(
     single: list[torch.Tensor] = []
     joint: list[torch.Tensor] = []
     pairs: list[tuple[int, int]] = []
+    scenes: list[torch.Tensor] = []
+    details: list[torch.Tensor] = []
     stage.most = -(-4 * len(images) // batch)
     for _ in stage:
         part = images[stage.step * batch : (stage.step + 1) * batch]
         if len(part):
-            mirrored = np.roll(part[:, :, ::-1], (4, 4), (1, 2))  # by half a latent cell; what wraps lies in the rim
-            single.append(torch.stack([encode(autoencoder, part), encode(autoencoder, mirrored)], 1).half())
+            single.append(torch.stack([encode(autoencoder, part), encode(autoencoder, mirrored(part))], 1).half())
+        shown = [scene.image for scene in drawn[stage.step * batch : (stage.step + 1) * batch]]
+        if shown:
+            part = np.stack(shown)
+            small = np.stack([halved(image) for image in part])
+            scenes.append(torch.stack([encode(autoencoder, small), encode(autoencoder, mirrored(small))], 1).half())
+            details.append(encode(autoencoder, part).half())
         chosen = [_two_materials(rng, renders) for _ in range(batch)]
         joint.append(encode(autoencoder, np.stack([composite(rng, images[a], images[b]) for a, b in chosen])).half())
         pairs += chosen
     pictures, composites = torch.cat(single), torch.cat(joint)
-    scale = 1 / pictures.float().std().item()
+    scale = scale or 1 / pictures.float().std().item()
     encoded = renders[: len(pictures)]
     captions = [caption(rng, render.material, render.look) for render in encoded for _ in range(CAPTIONS)]
     joint_captions = [
         joint_caption(rng, renders[a][1:], renders[b][1:]) for a, b in pairs for _ in range(JOINT_CAPTIONS)
     ]
+    whole = torch.cat(scenes)
+    scene_captions = [scene_caption(rng, *scene[1:4]) for scene in drawn[: len(whole)] for _ in range(CAPTIONS)]
     weights = np.array([EMPHASIS.get(r.material, 1.0) * EMPHASIS.get(r.look.kind, 1.0) for r in encoded])
     return TrainingLatents(
         pictures * scale,
@@ -121,6 +167,9 @@ def make_latents(
         weights / weights.sum(),
         composites * scale,
         tokens(joint_captions, JOINT_CAPTIONS),
+        whole * scale,
+        torch.cat(details) * scale,
+        tokens(scene_captions, CAPTIONS),
         scale,
     )
 
