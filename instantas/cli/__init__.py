@@ -128,12 +128,12 @@ def info(prompts: bool) -> None:
 def _list_prompts():
     from instantas import demo
 
-    click.echo("materials, their names and their looks")
-    for material, (nouns, looks) in demo.vocabulary().items():
-        click.echo(f"  {material:<8} {', '.join(nouns)}; {', '.join(looks)}")
+    click.echo("materials, then the subjects of scenes: their names; their looks, or settings and lights")
+    for name, (nouns, looks) in demo.vocabulary().items():
+        click.echo(f"  {name:<10} {', '.join(nouns)}; {', '.join(looks)}")
     click.echo("prompts")
-    for prompt, look in demo.PROMPTS.items():
-        click.echo(f"  {prompt:<26} {look}")
+    for prompt, look in (demo.PROMPTS | demo.SCENES).items():
+        click.echo(f"  {prompt:<30} {look}")
 
 
 def _version(package: str) -> str:

@@ -104,11 +104,12 @@ def check_words(prompts: Sequence[str], negative: str | None) -> None:
     from instantas import demo
 
     unknown = list(dict.fromkeys(word for text in (*prompts, negative or "") for word in demo.unknown_words(text)))
-    told = f"it paints {', '.join(demo.MATERIALS)} (`instantas info --prompts` has all words)"
+    told = f"it paints {', '.join(demo.MATERIALS)}, and scenes with a {', '.join(demo.SUBJECTS)}"
+    told += " (`instantas info --prompts` has all words)"
     if unknown:
         told = f"the embedded model has never seen {', '.join(map(repr, unknown))}; {told}"
     for prompt in prompts:
-        if prompt.strip() and not demo.names_material(prompt):
+        if prompt.strip() and not demo.paintable(prompt):
             raise ValueError(f"prompt: expected something that the embedded model paints, got {prompt!r}; {told}")
     if unknown:
         click.echo(f"instantas: {told}", err=True)

@@ -225,9 +225,9 @@ def test_a_prompt_of_which_it_knows_nothing_is_refused(refused, prompt):
 
 
 def test_prompts_of_known_words_and_none_at_all_are_painted_without_a_word(capsys):
-    for prompt in (*demo.PROMPTS, "Sea, next to a snow field", ""):
+    for prompt in (*demo.PROMPTS, *demo.SCENES, "sea at dusk", "green field at noon", "Sea, next to a snow field", ""):
         assert demo.unknown_words(prompt) == []
-        assert not prompt or demo.names_material(prompt)
+        assert not prompt or demo.paintable(prompt)
     generate("--size", "8x8", prompt="")
     assert "never seen" not in capsys.readouterr().err
 
@@ -235,7 +235,10 @@ def test_prompts_of_known_words_and_none_at_all_are_painted_without_a_word(capsy
 def test_the_prompts_are_listed(capsys):
     main(["info", "--prompts"])
     out = capsys.readouterr().out
-    assert all(name in out for name in (*demo.MATERIALS, *demo.PROMPTS, "meadow", "sandstone"))
+    assert all(
+        name in out
+        for name in (*demo.MATERIALS, *demo.SUBJECTS, *demo.PROMPTS, *demo.SCENES, "meadow", "sailboat", "in winter")
+    )
 
 
 def test_unknown_command(refused):
