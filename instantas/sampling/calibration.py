@@ -28,8 +28,8 @@ from instantas.windows import WindowPlan
 
 SHARE = 0.4
 """At which a coarse start goes on: that of the embedded model at the level that its pictures were best with, sigma 1.5
-(docs/structure.md). At 0.5, where the noise is as strong as the detail of a Gaussian field, the random detail and the
-small canvas's cells begin to show; at a share near 0 the run has hardly begun, and nothing is saved."""
+(docs/structure.md). At 0.5, where noise is as strong as the detail of a Gaussian field, pictures of 3 x 3 windows had
+a lattice of the small canvas's cells in them; at a share near 0 a run has hardly begun, and nothing is saved."""
 
 
 @dataclass(frozen=True)
