@@ -1,4 +1,4 @@
-"""The command line: `instantas generate | upscale | plan | bench | comfyui | info`, also `python -m instantas`.
+"""The command line: `instantas generate | upscale | calibrate | plan | bench | comfyui | info`, `python -m instantas`.
 
 Errors are one line on standard error and exit code 2.
 """
@@ -14,6 +14,7 @@ import click
 import torch
 
 from instantas import __version__, ops
+from instantas.cli.calibrate import calibrate
 from instantas.cli.comfyui import comfyui
 from instantas.cli.cost import window_count
 from instantas.cli.errors import message
@@ -38,6 +39,7 @@ def app(context: click.Context) -> None:
 
 app.add_command(generate)
 app.add_command(upscale)
+app.add_command(calibrate)
 app.add_command(comfyui)
 
 

@@ -101,6 +101,12 @@ STRENGTH = 0.8  # as in diffusers' img2img
     help="coarse: begin on a smaller canvas, for one scene in place of many and fewer evaluations.",
 )
 @click.option(
+    "--coarse-sigma",
+    type=float,
+    help=f"noise / signal from which --start coarse goes on; by default the model's own, as calibrate has measured it, "
+    f"else {coarse.SIGMA}.",
+)
+@click.option(
     "--region",
     "places",
     metavar="PROMPT@PLACE",
@@ -169,6 +175,12 @@ def generate(
     if options["guidance"] is not None:
         real("guidance", options["guidance"])
     check_interval(options["guidance_interval"])
+    if options["start"] == "none":
+        if is_given(context, "coarse_sigma"):
+            raise ValueError(f"coarse_sigma: expected none without --start coarse, got {options['coarse_sigma']}")
+        options["coarse_sigma"] = None
+    if options["coarse_sigma"] is not None:
+        real("coarse_sigma", options["coarse_sigma"], 0, above=True)
     source = read_picture(image, "image") if image else None
     for name, given in (("mask", mask), ("extend", extend)):
         if given and source is None:
@@ -227,6 +239,8 @@ def _paint(
     scheduler,
     negative,
     strength,
+    start,
+    coarse_sigma,
     loras,
     controls,
     checkpoint,
@@ -237,11 +251,12 @@ def _paint(
 ):
     if source is None and strength is not None:
         raise ValueError(f"strength: expected none without --image, got {strength}")
-    if settings["start"] != "none" and (source is not None or settings["method"] != "instantas"):
-        raise ValueError(f"start: expected none with --image or --method multidiffusion, got {settings['start']}")
+    if start != "none" and (source is not None or settings["method"] != "instantas"):
+        raise ValueError(f"start: expected none with --image or --method multidiffusion, got {start}")
     if model is None:
         check_words([prompt, *(region.prompt for region in regions)], negative)
     pipe = load(model, scheduler, dtype, device, loras, controls)
+    chosen = coarse.start_of(start, pipe.defaults.get("coarse_sigma") if coarse_sigma is None else coarse_sigma)
     (width, height), wrap, method = size, settings["wrap"], settings["method"]
     settings = settings | dict(
         num_inference_steps=pipe.defaults["num_inference_steps"] if steps is None else steps,
@@ -250,6 +265,7 @@ def _paint(
         strength=(1.0 if mask or extend else STRENGTH) if source is not None and strength is None else strength,
         bridging=settings["bridging"] or (DEFAULT if method == "instantas" else "none"),
         window_batch_size=window_batch,
+        start=chosen,
     )
     banded = in_bands(pipe, output, width, height) and not (mask or extend)  # these paste the source, into the whole
     memory = Memory.of(pipe, height, width, wrap, method, banded)
@@ -265,6 +281,8 @@ def _paint(
     seed = random.SystemRandom().randrange(2**32) if seed is None else seed
     generator = torch.Generator("cpu").manual_seed(seed)
     noted = settings | {
+        "start": start,
+        "coarse_sigma": None if chosen is None else chosen.sigma or coarse.SIGMA,
         "regions": notes,
         "image": str(image.resolve()) if image else None,
         "mask": str(mask.resolve()) if mask else None,
@@ -317,9 +335,13 @@ def _evaluations(pipe, size, settings, regions, painted):
     set_timesteps(pipe.scheduler, settings["num_inference_steps"], None, pipe.device)
     plan = pipe.plan(size[1], size[0], wrap=settings["wrap"], method=settings["method"])
     begin = 0 if settings["strength"] is None else first_timestep(pipe.scheduler, settings["strength"])
-    runs = coarse.legs(coarse.start_of(settings["start"]), plan, pipe.scheduler)
+    start = settings["start"]
+    runs = coarse.legs(start, plan, pipe.scheduler)
     runs = [runs[0]._replace(begin=begin)] if begin else runs
     count = coarse.evaluations(settings["bridging"], runs, painted=painted)
     count *= 1 + regions * (settings["method"] == "multidiffusion")
     smaller = "".join(f", {run.steps} of them on {run.plan.width}x{run.plan.height} cells" for run in runs[:-1])
+    if smaller:
+        unmeasured = f"{coarse.SIGMA}, which `instantas calibrate` has not measured for this model"
+        smaller += f", then from sigma {start.sigma or unmeasured}"
     return f"windows: {plan.count}, evaluations: {count} in {sum(run.steps for run in runs)} steps{smaller}"

@@ -33,6 +33,7 @@ OPTIONS = {  # a setting's name in the record: the option's
         "method",
         "bridging",
         "start",
+        "coarse_sigma",
         "guidance_interval",
         "region_mode",
         "base_weight",

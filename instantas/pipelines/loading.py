@@ -16,8 +16,10 @@ from diffusers import (
 )
 from diffusers.loaders.single_file_utils import infer_diffusers_model_type, load_single_file_checkpoint
 
+from instantas.files import whole_file
+
 DEFAULTS_FILE = "instantas.json"
-"""Beside a model's model_index.json: its own num_inference_steps and guidance_scale."""
+"""Beside a model's model_index.json: its own num_inference_steps, guidance_scale and coarse_sigma."""
 TASKS = {
     "text-to-image": ("", AutoPipelineForText2Image),
     "image-to-image": ("Img2Img", AutoPipelineForImage2Image),
@@ -49,6 +51,7 @@ def load(model: str | os.PathLike, task: str | None = None, **settings: Any) -> 
         raise ValueError(
             f"model: expected a folder in diffusers' layout or a hub id or a checkpoint file, got {str(model)!r}"
         )
+    defaults = read_defaults(path)
     by_task = TASKS[task or "text-to-image"][1]
     loader: Any = DiffusionPipeline if task is None and "controlnet" not in settings else by_task
     try:
@@ -57,8 +60,39 @@ def load(model: str | os.PathLike, task: str | None = None, **settings: Any) -> 
         if not path.is_dir():
             raise
         raise ValueError(f"model: expected a whole model in {str(model)!r}, got {error}") from error
-    defaults = path / DEFAULTS_FILE
-    return pipe, json.loads(defaults.read_text(encoding="utf-8")) if defaults.is_file() else {}
+    return pipe, defaults
+
+
+def read_defaults(folder: Path) -> dict[str, Any]:
+    """The model's own defaults, as its folder has them; {} without.
+
+    Raises:
+        ValueError: for a file that is no JSON object.
+    """
+    path = folder / DEFAULTS_FILE
+    try:
+        defaults = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:  # of the encoding too
+        raise ValueError(f"model: expected JSON in {str(path)!r}, got {error}") from error
+    if not isinstance(defaults, dict):
+        raise ValueError(f"model: expected a JSON object in {str(path)!r}, got {type(defaults).__name__}")
+    return defaults
+
+
+def keep_default(folder: Path, name: str, value: float) -> None:
+    """One of the model's own defaults, kept in its folder beside the others; the file is written whole or not at all.
+
+    Raises:
+        ValueError: for a folder that cannot be written, and a file that is no JSON object.
+    """
+    defaults = read_defaults(folder) | {name: value}
+    with whole_file(folder / DEFAULTS_FILE) as part:
+        part.write_text(json.dumps(defaults, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def is_cached(folder: Path) -> bool:
+    """Whether a folder is the hub's copy of a model, in its cache: each revision has another."""
+    return folder.resolve().parent.name == "snapshots"
 
 
 def looks_local(name: str | os.PathLike) -> bool:

@@ -57,7 +57,8 @@ class InstantASPipeline(Tasks):
     Args:
         pipe: a diffusers pipeline of one of `arguments.PIPELINES`. Its UNet, autoencoder and scheduler may be missing
             until it is called.
-        defaults: values of `num_inference_steps` and `guidance_scale` that suit the model; by default diffusers'.
+        defaults: values of `num_inference_steps` and `guidance_scale` that suit the model, by default diffusers', and
+            of `coarse_sigma`, where it was measured (`calibration.calibrate`).
 
     Raises:
         TypeError: for another kind of pipeline.
@@ -151,9 +152,10 @@ class InstantASPipeline(Tasks):
             bridging: what ties the windows together, a name or an object of `instantas.sampling.bridging`; "none"
                 or None: nothing.
             start: "coarse" or an object (`instantas.sampling.coarse.CoarseStart`): begin on a smaller canvas, where few
-                windows see the whole, and go on from its enlarged latents: one scene, for fewer evaluations. Regions,
-                their masks and control pictures are made smaller; callbacks are given the latents of the canvas at
-                hand. "none" or None: every step on the whole canvas.
+                windows see the whole, and go on from its enlarged latents: one scene, for fewer evaluations. Its noise
+                level is the object's, else the model's own (`coarse_sigma` in `instantas.json`), else `coarse.SIGMA`.
+                Regions, their masks and control pictures are made smaller; callbacks are given the latents of the
+                canvas at hand. "none" or None: every step on the whole canvas.
             guidance_interval: (start, end), fractions of the run outside of which the UNet is evaluated with the prompt
                 alone, as with a callback that sets the guidance scale to 1.
             wrap: (vertical, horizontal), whether opposite edges join. Such a side must be whole cells.
@@ -205,7 +207,7 @@ class InstantASPipeline(Tasks):
             plan = self.plan(height, width, wrap=wrap, method=method, stride=stride)
             size, whole_cells = (height, width), (plan.height * self.cell, plan.width * self.cell)
             bridging = None if bridging == "default" and method == "multidiffusion" else bridge(bridging)
-            smaller = coarse.start_of(start)
+            smaller = coarse.start_of(start, self.defaults.get("coarse_sigma"))
             if smaller is not None and (method == "multidiffusion" or image is not None):
                 other = "multidiffusion" if image is None else "a picture to start from"
                 raise ValueError(f'start: expected "none" with {other}, got {start!r}')

@@ -11,7 +11,7 @@ import copy
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -19,11 +19,17 @@ import torch.nn.functional as F
 
 from instantas.checks import real
 from instantas.sampling import bridging
-from instantas.sampling.noise import levels
+from instantas.sampling.noise import Level, levels
 from instantas.sampling.schedulers import unplaced
 from instantas.windows import WindowPlan
 
 BINS = 16  # of frequency, in which the power of detail is measured
+SIGMA = 1.5
+"""From where a coarse start goes on with a model that was not measured (`instantas calibrate`), a choice for Stable
+Diffusion 1.x, 2.x and XL: they share a noise schedule (scaled linear, 0.00085 to 0.012, in which it is timestep 477)
+and latents of unit deviation, on which a noise level means the same. It is what pictures of the embedded model,
+trained on that schedule, were best with of the levels tried (docs/structure.md); on the three it was never measured.
+Other schedules have it for want of a better one."""
 
 
 @dataclass(frozen=True)
@@ -43,17 +49,19 @@ class CoarseStart:
 
     Attributes:
         sigma: noise / signal at which the larger canvas goes on, at the timestep whose level is nearest. The lower, the
-            fewer evaluations are left, and the more of the smaller canvas's detail stays, enlarged.
+            fewer evaluations are left, and the more of the smaller canvas's detail stays, enlarged. None: what was
+            measured of the model (`instantas.pipelines.calibration`), else `SIGMA`.
         steps: part of the scheduler's steps that a run on a smaller canvas takes, above 0, at most 1.
         scale: how many times as long a side becomes at once, more than 1; larger canvases take several stages.
     """
 
-    sigma: float = 1.5
+    sigma: float | None = None
     steps: float = 0.4
     scale: float = 3.0
 
     def __post_init__(self):
-        real("sigma", self.sigma, 0, above=True)
+        if self.sigma is not None:
+            real("sigma", self.sigma, 0, above=True)
         real("steps", self.steps, 0, 1, above=True)
         real("scale", self.scale, 1, 1e9, above=True)
 
@@ -71,20 +79,23 @@ class CoarseStart:
 STARTS: dict[str, CoarseStart | None] = {"none": None, "coarse": CoarseStart()}
 
 
-def start_of(name: str | CoarseStart | None) -> CoarseStart | None:
-    """The start of a name, one of `STARTS`; an object or None is returned as it is.
+def start_of(name: str | CoarseStart | None, measured: float | None = None) -> CoarseStart | None:
+    """The start of a name, one of `STARTS`, or of an object; None is returned as it is.
+
+    measured: the model's own sigma, for a start that has none; None: it was not measured.
 
     Raises:
-        ValueError: for an unknown name.
+        ValueError: for an unknown name, and a measured sigma that is none.
         TypeError: for anything else.
     """
-    if isinstance(name, str):
-        if name not in STARTS:
-            raise ValueError(f"start: expected one of {', '.join(STARTS)}, got {name!r}")
-        return STARTS[name]
-    if name is not None and not isinstance(name, CoarseStart):
-        raise TypeError(f"start: expected a name or a CoarseStart, got {type(name).__name__}")
-    return name
+    if isinstance(name, str) and name not in STARTS:
+        raise ValueError(f"start: expected one of {', '.join(STARTS)}, got {name!r}")
+    start = STARTS[name] if isinstance(name, str) else name
+    if start is not None and not isinstance(start, CoarseStart):
+        raise TypeError(f"start: expected a name or a CoarseStart, got {type(start).__name__}")
+    if start is None or start.sigma is not None or measured is None:
+        return start
+    return replace(start, sigma=real("coarse_sigma", measured, 0, above=True))
 
 
 class Leg(NamedTuple):
@@ -124,11 +135,11 @@ def legs(start: CoarseStart | None, plan: WindowPlan, scheduler: Any, end: int |
         return [Leg(plan, scheduler, None, end)]
     if plan.count != plan.lower_bound:
         raise ValueError(f"start: expected a plan of the fewest windows, {plan.lower_bound}, got {plan.count}")
-    few, found = _few_steps(scheduler, start.steps), list[Leg]()
+    few, found, sigma = _few_steps(scheduler, start.steps), list[Leg](), start.sigma or SIGMA
     for size in sizes:
         small = WindowPlan.minimum_coverage(*size, plan.window, wrap=plan.wrap)
-        found.append(Leg(small, copy.deepcopy(few), _begin(few, start.sigma) if found else None))
-    last = Leg(plan, scheduler, _begin(scheduler, start.sigma), end)
+        found.append(Leg(small, copy.deepcopy(few), _begin(few, sigma) if found else None))
+    last = Leg(plan, scheduler, _begin(scheduler, sigma), end)
     if last.steps < 1:
         raise ValueError(f"start: expected to go on before the run's end, after {end} timesteps, got {last.begin}")
     return [*found, last]
@@ -205,6 +216,21 @@ def counted_from(callback: Callable | None, before: int) -> Callable | None:
         return callback(step + before, timestep, latents, **more)
 
     return _like(told, callback)
+
+
+def known_levels(name: str, scheduler: Any) -> list[Level]:
+    """Of each of the scheduler's timesteps; `name` of the argument, for errors.
+
+    Raises:
+        ValueError: for a scheduler whose noise levels are not known, or that adds no noise.
+    """
+    known, add = levels(scheduler), getattr(scheduler, "scale_noise", getattr(scheduler, "add_noise", None))
+    if known is None or add is None:
+        raise ValueError(
+            f"{name}: expected a scheduler whose noise levels are known (alphas_cumprod or flow sigmas), and that adds "
+            f"noise, got {type(scheduler).__name__}"
+        )
+    return known
 
 
 def noised(scheduler: Any, clean: torch.Tensor, noise: torch.Tensor, begin: int) -> torch.Tensor:
@@ -304,14 +330,8 @@ def _begin(scheduler, sigma):
             f"start: expected a scheduler whose steps can begin at any timestep, got {type(scheduler).__name__}, which "
             "counts them from the first: DDIMScheduler, EulerDiscreteScheduler or DPMSolverMultistepScheduler can"
         )
-    known, add = levels(scheduler), getattr(scheduler, "scale_noise", getattr(scheduler, "add_noise", None))
-    if known is None or add is None:
-        raise ValueError(
-            f"start: expected a scheduler whose noise levels are known (alphas_cumprod or flow sigmas), and that adds "
-            f"noise, got {type(scheduler).__name__}"
-        )
     order = getattr(scheduler, "order", 1)
-    distance = [abs(math.log(max(each.noise, 1e-6) / max(each.signal, 1e-6) / sigma)) for each in known[::order]]
+    distance = [abs(math.log(max(each.sigma, 1e-6) / sigma)) for each in known_levels("start", scheduler)[::order]]
     return order * distance.index(min(distance))
 
 

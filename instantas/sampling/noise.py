@@ -24,6 +24,11 @@ class Level:
     noise: float
     predicts: str
 
+    @property
+    def sigma(self) -> float:
+        """noise / signal."""
+        return self.noise / max(self.signal, 1e-6)
+
     def clean(self, prediction: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """The x_0 that a prediction says; both of any one shape."""
         match self.predicts:

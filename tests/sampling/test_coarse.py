@@ -359,6 +359,23 @@ def test_a_stopped_run_goes_on_to_the_same_picture(tmp_path):
     assert torch.equal(run(checkpoint=tmp_path / "run"), whole) and set(seen) == {(16, 16)}
 
 
+def test_the_models_own_level_is_taken_where_the_start_has_none():
+    assert coarse.start_of("coarse") == CoarseStart() and coarse.start_of("none", 0.7) is None
+    assert coarse.start_of("coarse", 0.7) == CoarseStart(sigma=0.7)
+    assert coarse.start_of(CoarseStart(steps=0.2), 0.7) == CoarseStart(sigma=0.7, steps=0.2)
+    assert coarse.start_of(CoarseStart(sigma=2.0), 0.7) == CoarseStart(sigma=2.0)
+    for wrong in (0, -1.0, float("nan"), "1.5"):
+        with pytest.raises((TypeError, ValueError), match="coarse_sigma: expected"):
+            coarse.start_of("coarse", wrong)
+
+
+def test_without_a_level_a_run_goes_on_from_the_default():
+    chosen, plan = of("DDIM"), WindowPlan.minimum_coverage(16, 16, 8)
+    chosen.set_timesteps(50)
+    stated = [coarse.legs(CoarseStart(sigma=sigma), plan, chosen)[-1].begin for sigma in (coarse.SIGMA, 0.7)]
+    assert coarse.legs(CoarseStart(), plan, chosen)[-1].begin == stated[0] < stated[1]
+
+
 REFUSED = {
     "name": (dict(start="fine"), ValueError, "start: expected one of none, coarse, got 'fine'"),
     "kind": (dict(start=2), TypeError, "start: expected a name or a CoarseStart, got int"),
