@@ -192,9 +192,9 @@ class Windowed:
 
         A canvas that is one window, and does not wrap, is handed to the network untouched, and so is its answer.
 
-        With a group every process gets the prediction that one process gets, bit for bit, of windows of which each
-        evaluates some, or none. They are asked for the same `x`, step, streams and mark, which is looked at before each
-        evaluation and waits for the device. A canvas that is one window is evaluated by all. No gradients pass between.
+        With a group each process evaluates some of the windows, or none, and all get the prediction that one process
+        gets, bit for bit. All call with the same `x`, step, streams and mark: they are compared before each evaluation,
+        which waits for the device. A canvas that is one window is evaluated by all. No gradients pass between.
 
         Args:
             evaluate: function of (windows (m, C, h, w), `Place`) that gives the network's predictions (m, C', h, w).

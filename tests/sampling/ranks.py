@@ -30,6 +30,7 @@ from instantas.sampling.parallel import Ranks
 from instantas.sampling.sampler import sample
 from instantas.testing import tiny
 from instantas.windows import WindowPlan
+from tests.sampling.coding import CODE_FAILURES, CODED
 from tests.sampling.hosting import HOST_FAILURES, HOSTS
 
 RANKS = 4
@@ -172,7 +173,8 @@ CASES = {
         callback_on_step_end=changing,
         callback_on_step_end_tensor_inputs=["latents", "prompt_embeds"],
     ),
-} | HOSTS
+}
+CASES |= HOSTS | CODED
 
 
 class Unlike:
@@ -280,7 +282,7 @@ def share(rank, folder):
     for name, told in FAILURES.items():
         if rank < 3:
             results[name] = said(lambda told=told: sampled(groups[3], rank, **told(rank)) and "nothing")
-    for name, run in HOST_FAILURES.items():
+    for name, run in (HOST_FAILURES | CODE_FAILURES).items():
         if rank < 3:
             results[name] = said(lambda run=run: run(groups[3], rank) and "nothing")
     if rank < 3:

@@ -34,6 +34,7 @@ PATTERNS = {  # failure of rank 1 of three -> what the others say, what it says 
     "loop: exception made another": ("PeerError: rank 1 of 3: KeyError: 'mine'", "RuntimeError: a loop's own"),
     "loop: argument": ("PeerError: rank 1 of 3: ValueError: align: expected", "ValueError: align: expected a divisor"),
     "windowed: callback": ("PeerError: rank 1 of 3: KeyError: 'mine'", "KeyError: 'mine'"),
+    "tiles: exception": ("PeerError: rank 1 of 3: KeyError: 'mine'", "KeyError: 'mine'"),
 }
 SAME = ": expected the same in all processes, got another in rank 1"
 EVERYWHERE = {
@@ -52,6 +53,9 @@ EVERYWHERE = {
     "windowed: other prompt": f"ValueError: encoder_hidden_states{SAME}",
     "windowed: other seed": f"ValueError: x{SAME}",
     "windowed: divided weights": "ValueError: unet: expected whole weights in each process of a group, got divided",
+    "tiles: other latents": f"ValueError: latents{SAME}",
+    "tiles: other sides": f"ValueError: tiles{SAME}",
+    "tiles: other weights": f"ValueError: vae{SAME}",
 }
 
 
@@ -71,7 +75,7 @@ def test_every_process_has_the_latents_of_one_bit_for_bit(ran):
     everyone = ran[0]
     counts = tuple(f" at {n}" for n in (2, 3, 4))
     cases = [{name: found for name, found in each.items() if name.endswith(counts)} for each in everyone]
-    assert [len(each) for each in cases] == sorted(map(len, cases), reverse=True) and len(cases[0]) == 43
+    assert [len(each) for each in cases] == sorted(map(len, cases), reverse=True) and len(cases[0]) == 49
     for rank, each in enumerate(cases):
         assert {name: found for name, found in each.items() if found is not True} == {}, rank
     for count in counts:
