@@ -14,6 +14,7 @@ from instantas.cli.bands import in_bands, is_large, preview_path, write_bands
 from instantas.cli.kept import Kept
 from instantas.cli.pictures import check_record, write_picture
 from instantas.files import check_writable
+from instantas.sampling.parallel import Ranks
 
 
 def check_apart(kept: Kept, size: tuple[int, int], read: Iterable[Path], preview: Path | None = None) -> None:
@@ -51,16 +52,21 @@ def check_finish(pipe: Any, output: Path, text: dict[str, str], force: bool) -> 
         check_writable(preview_path(output), overwrite=force, name="output")
 
 
-def finish(pipe: Any, latents: torch.Tensor, output: Path, text: dict[str, str], force: bool) -> None:
-    """Decode the latents of one picture and write it with its record."""
+def finish(
+    pipe: Any, latents: torch.Tensor, output: Path, text: dict[str, str], force: bool, ranks: Ranks | None = None
+) -> None:
+    """Decode the latents of one picture, together where processes share the run, and write it with its record."""
     width, height = size_of(text)
     wrap = tuple(json.loads(text["settings"])["wrap"])
-    if in_bands(pipe, output, width, height):
+    leads = ranks is None or ranks.rank == 0
+    if not in_bands(pipe, output, width, height):
+        picture = pipe.decode(latents, height, width, wrap=wrap, group=ranks)[0]
+        if leads:
+            write(picture, output, text, force)
+    elif leads:
         write_bands(pipe.bands(latents, height, width, wrap=wrap), output, width, height, text, force)
         click.echo(f"{preview_path(output)}: preview")
         _say(output, text)
-    else:
-        write(pipe.decode(latents, height, width, wrap=wrap)[0], output, text, force)
 
 
 def write(picture: Any, output: Path, text: dict[str, str], force: bool) -> None:

@@ -308,11 +308,10 @@ def _paint(
                 write(picture, output, text, force)
             return
         asked |= pictures | dict(height=height, width=width)
-        latents = kept.finished()
+        latents = kept.finished() if ranks is None else ranks.first(kept.finished)  # rank 0 has the file
         if latents is None:
             latents = pipe(prompt, output_type="latent", **asked).images
-        if leads:
-            finish(pipe, latents.to(pipe.device, pipe.unet.dtype), output, text, force)
+        finish(pipe, latents.to(pipe.device, pipe.unet.dtype), output, text, force, ranks)
 
 
 def _painted(pipe, size, source, masked, extend):

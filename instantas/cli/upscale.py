@@ -110,11 +110,10 @@ def _upscale(context, ranks, picture, output, force, seed, resume, checkpoint, *
     settings |= dict(generator=generator, output_type="latent", checkpoint=kept.checkpoint(checkpoint, text))
     leads = ranks is None or ranks.rank == 0
     with kept.until_done("upscale") if leads else contextlib.nullcontext():
-        latents = kept.finished()
+        latents = kept.finished() if ranks is None else ranks.first(kept.finished)  # rank 0 has the file
         if latents is None:
             latents = pipe.upscale(image, scale, prompt, group=ranks, **settings).images
-        if leads:
-            finish(pipe, latents.to(pipe.device, pipe.unet.dtype), output, text, force)
+        finish(pipe, latents.to(pipe.device, pipe.unet.dtype), output, text, force, ranks)
 
 
 def _evaluations(pipe, sizes, settings):

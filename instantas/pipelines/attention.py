@@ -151,9 +151,9 @@ class RegionalPrompts:
             self.regions = RegionMap(
                 self.bank.lists, size[0] * cell, size[1] * cell, device=sample.device, **self._settings
             )
-        branches, progress = self._branches(len(sample), call, running), 0.0
+        branches, progress = self._branches(len(sample), call, running), windows.progress if windows else 0.0
         elements = len(sample) // len(branches)
-        if self.regions.dynamic:  # read only where it matters, as it waits for the GPU
+        if self.regions.dynamic and windows is None:  # read only where it matters, as it waits for the GPU
             scheduler = self._scheduler or getattr(self._pipe, "scheduler", None)
             if scheduler is None:
                 raise ValueError("scheduler: expected the one in use, as regions change over the run, got None")

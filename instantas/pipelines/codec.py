@@ -17,6 +17,8 @@ from torch import nn
 
 from instantas.checks import flag, pair, positive
 from instantas.pipelines.tiles import Circle, in_bands, in_tiles, reach, spans
+from instantas.sampling.fingerprint import digests
+from instantas.sampling.parallel import shared
 
 TILE = 128  # cells: 1024 px, what SDXL's decoder is made for
 SAMPLE_MODES = "sample", "argmax"
@@ -24,6 +26,7 @@ SAMPLE_MODES = "sample", "argmax"
 Layer = Callable[[torch.Tensor], torch.Tensor]
 
 
+@shared
 def decode(
     vae: Any,
     latents: torch.Tensor,
@@ -31,6 +34,7 @@ def decode(
     wrap: tuple[bool, bool] = (False, False),
     tiles: str | int | tuple[int, int] = "auto",
     generator: torch.Generator | list[torch.Generator] | None = None,
+    group: Any = None,
 ) -> torch.Tensor:
     """(B, C, H, W) latents as the diffusion model has them -> (B, 3, H cell, W cell) pictures in -1..1.
 
@@ -46,17 +50,21 @@ def decode(
         tiles: "auto": whole up to TILE^2 cells, else in tiles of that size; "whole"; or (vertical, horizontal) cells of
             a tile, without the halo around it.
         generator: for decoders that draw noise; a list has one for each picture.
+        group: the processes that share the tiles, as `sampler.sample` takes it: all call alike, generators being rank
+            0's, and get the pictures that one process gets, bit for bit. What has no tiles is decoded by all.
 
     Raises:
         TypeError, ValueError: for other `tiles`, and for tiles of an autoencoder that cannot be taken apart.
+        PeerError: where another process has failed or is gone.
     """
+    _agreed(group, vae, generator, latents.device, latents=latents, wrap=wrap, tiles=tiles)
     generators = generator if isinstance(generator, list) else [generator] * len(latents)
     with _precise(vae):
         latents = _unscaled(vae, latents).to(vae.dtype)
         pictures = []
         for picture, source in zip(latents.split(1), generators):
             plain = functools.partial(_decoded, vae, generator=source)
-            pictures.append(_evaluated(vae, picture, plain, _decoding(vae, plain), wrap, tiles))
+            pictures.append(_evaluated(vae, picture, plain, _decoding(vae, plain), wrap, tiles, _in_tiles(group)))
         return torch.cat(pictures)
 
 
@@ -88,6 +96,7 @@ def bands(
             yield band[0]
 
 
+@shared
 def encode(
     vae: Any,
     pictures: torch.Tensor,
@@ -96,6 +105,7 @@ def encode(
     tiles: str | int | tuple[int, int] = "auto",
     generator: torch.Generator | list[torch.Generator] | None = None,
     sample_mode: str = "sample",
+    group: Any = None,
 ) -> torch.Tensor:
     """(B, 3, H cell, W cell) pictures in -1..1 -> (B, C, H, W) latents as the diffusion model has them.
 
@@ -105,16 +115,20 @@ def encode(
         generator: for what is drawn from the autoencoder's distribution; a list has one for each picture.
         sample_mode: "sample": drawn from that distribution; "argmax": its most likely latents. Where the autoencoder
             gives latents and no distribution, they are what is returned.
+        group: as of `decode`.
 
     Raises:
         TypeError, ValueError: as `decode`, and for pictures that are not whole cells.
+        PeerError: as `decode`.
     """
     if sample_mode not in SAMPLE_MODES:
         raise ValueError(f"sample_mode: expected one of {', '.join(SAMPLE_MODES)}, got {sample_mode!r}")
+    _agreed(group, vae, generator, pictures.device, pictures=pictures, wrap=wrap, tiles=tiles)
     with _precise(vae):
-        parts = _encoding(vae)
+        parts, over = _encoding(vae), _in_tiles(group)
         plain = functools.partial(_encoded, vae)
-        found = [_evaluated(vae, picture, plain, parts, wrap, tiles) for picture in pictures.to(vae.dtype).split(1)]
+        each = pictures.to(vae.dtype).split(1)
+        found = [_evaluated(vae, picture, plain, parts, wrap, tiles, over) for picture in each]
         if not isinstance(found[0], DiagonalGaussianDistribution):
             return _scaled(vae, torch.cat(found))
         distribution = DiagonalGaussianDistribution(torch.cat([each.parameters for each in found]))
@@ -175,7 +189,7 @@ def _callable_by_layers(module, *kinds) -> bool:
 
 
 @apply_forward_hook
-def _evaluated(vae, given, plain, parts, wrap, tiles, evaluate=in_tiles):
+def _evaluated(vae, given, plain, parts, wrap, tiles, evaluate):
     """(1, C, H, W) of one picture or latent, whole or in tiles. First of all an offloaded autoencoder is fetched.
 
     evaluate: what goes over the tiles; with `in_bands`, where there are tiles and nothing comes after them, its bands.
@@ -199,6 +213,18 @@ def _evaluated(vae, given, plain, parts, wrap, tiles, evaluate=in_tiles):
     tiled = evaluate(functools.partial(_through, parts.tiled), given, rows, columns, unit, norms)
     with circle:
         return _through(parts.after, tiled)
+
+
+def _agreed(group, vae, generator, device, **told):
+    """Refuse what differs between the processes of a group; their generators are put where rank 0's are."""
+    if group:
+        group.same_networks(dict(vae=vae))
+        group.same(digests(told))
+        group.seeded(generator, device)
+
+
+def _in_tiles(group):
+    return functools.partial(in_tiles, ranks=group)
 
 
 def _sides(vae, cells, known, tiles, halo) -> tuple[int, int] | None:

@@ -14,12 +14,14 @@ from instantas.pipelines.arguments import is_xl
 from instantas.pipelines.codec import bands, decode
 from instantas.pipelines.held import HeldPipeline
 from instantas.pipelines.pictures import shown
+from instantas.sampling.parallel import shared
 
 
 class Decoding(HeldPipeline):
     """Pictures of latents, whole or in bands."""
 
     @torch.no_grad()
+    @shared
     def decode(
         self,
         latents: torch.Tensor,
@@ -30,17 +32,20 @@ class Decoding(HeldPipeline):
         output_type: str = "pil",
         generator: torch.Generator | list[torch.Generator] | None = None,
         tiles: str | int | tuple[int, int] = "auto",
+        group: Any = None,
     ) -> Any:
         """Pictures of so many pixels, as from the call, of what it gives with `output_type="latent"`.
 
         Args:
             tiles: "auto", "whole" or cells (`codec.decode`): smaller ones need less memory.
+            group: the processes that share the tiles, as the call has it; each gets the pictures.
 
         Raises:
             TypeError, ValueError: for latents of another size, and for other tiles.
+            PeerError: where another process has failed or is gone.
         """
         height, width, wrap = self._checked(latents, height, width, wrap)
-        return self._decoded(latents, (height, width), wrap, output_type, generator, tiles)[0]
+        return self._decoded(latents, (height, width), wrap, output_type, generator, tiles, group=group)[0]
 
     @torch.no_grad()
     def bands(
@@ -85,13 +90,13 @@ class Decoding(HeldPipeline):
             raise ValueError(f"latents: expected (pictures, C, {rows}, {columns}), got {tuple(latents.shape)}")
         return height, width, wrap
 
-    def _decoded(self, latents, size, wrap, output_type, generator, tiles="auto", source=None):
+    def _decoded(self, latents, size, wrap, output_type, generator, tiles="auto", source=None, group=None):
         """(pictures, whether each was found unsafe or None)"""
         pipe = self.pipe
         if output_type == "latent":
             return latents, None
-        images, flagged = decode(pipe.vae, latents, wrap=wrap, tiles=tiles, generator=generator), None
-        images = images[:, :, : size[0], : size[1]]
+        images = decode(pipe.vae, latents, wrap=wrap, tiles=tiles, generator=generator, group=group)
+        images, flagged = images[:, :, : size[0], : size[1]], None
         if getattr(pipe, "safety_checker", None) is not None:
             images, flagged = pipe.run_safety_checker(images, images.device, images.dtype)
         if getattr(pipe, "watermark", None) is not None:

@@ -12,6 +12,8 @@ from instantas.pipelines.pipeline import InstantASPipeline
 from instantas.pipelines.turns import turn
 from instantas.pipelines.windowed import check_windows, windowed
 from instantas.regions import check_blend, region_lists
+from instantas.sampling.fingerprint import digests
+from instantas.sampling.parallel import shared
 
 
 class HostedPipeline(InstantASPipeline):
@@ -28,6 +30,7 @@ class HostedPipeline(InstantASPipeline):
     def _check(pipe):
         check_windows(pipe)
 
+    @shared
     def __call__(
         self,
         *args: Any,
@@ -38,6 +41,7 @@ class HostedPipeline(InstantASPipeline):
         bridging: Any = "default",
         wrap: tuple[bool, bool] = (False, False),
         window_batch_size: int | None = None,
+        group: Any = None,
         **call: Any,
     ) -> Any:
         """The held pipeline's call, on a canvas of any size that it takes.
@@ -51,6 +55,7 @@ class HostedPipeline(InstantASPipeline):
             bridging, window_batch_size: as `InstantASPipeline` has them.
             wrap: (vertical, horizontal), whether opposite edges of the latents join. The autoencoder, which is the
                 pipeline's own, does not join them.
+            group: the processes that share the windows, as `windowed` has it; generators are rank 0's.
 
         Returns:
             The held pipeline's output.
@@ -63,8 +68,11 @@ class HostedPipeline(InstantASPipeline):
         check_blend(base_weight, semantic_schedule)
         call = self._arguments(args, call)
         with turn(getattr(pipe.unet, "_orig_mod", pipe.unet), pipe.scheduler), contextlib.ExitStack() as stack:
-            how = dict(bridging=bridging, window_batch_size=window_batch_size, wrap=wrap)
+            how = dict(bridging=bridging, window_batch_size=window_batch_size, wrap=wrap, group=group)
             stack.enter_context(windowed(pipe, self.window, **how))
+            if group:
+                group.same(digests(dict(regions=regions, region_mode=region_mode, base_weight=base_weight)))
+                group.seeded(call.get("generator"), pipe._execution_device)
             if any(region_lists(regions or ())):
                 blend: dict[str, Any] = dict(base_weight=base_weight, semantic_schedule=semantic_schedule)
                 if not hasattr(pipe, "do_classifier_free_guidance"):

@@ -184,8 +184,9 @@ class InstantASPipeline(Tasks):
             checkpoint: file in which the run is kept after every step, and from which the same call, generators newly
                 seeded, goes on to the same picture (`instantas.sampling.checkpoint.Checkpoint`, to say more). What a
                 callback has changed is kept too; what it keeps for itself is not.
-            group: the processes that share the windows (`sampler.sample`): each calls with the same arguments and gets
-                the pictures. Generators and latents are rank 0's, the callback and the progress bar are there too.
+            group: the processes that share the windows (`sampler.sample`) and the autoencoder's tiles (`codec.decode`):
+                each calls with the same arguments and gets the pictures. Generators and latents are rank 0's, the
+                callback and the progress bar are there too.
 
         Returns:
             diffusers' output with `.images`; a tuple without `return_dict`.
@@ -283,7 +284,7 @@ class InstantASPipeline(Tasks):
             if source is None:
                 start = Start(self._noise(pictures, plan, generator, latents))
             else:
-                start = Start.of(pipe, source, begin, pictures=pictures, wrap=wrap, generator=generator)
+                start = Start.of(pipe, source, begin, pictures=pictures, wrap=wrap, generator=generator, group=group)
             noise, known = start.latents, start.known
             one_window = plan.window == (plan.height, plan.width) and not any(wrap)
             conditions = dict(
@@ -356,7 +357,7 @@ class InstantASPipeline(Tasks):
                     group=group,
                 )
             result = result if step_end.denoised is None else step_end.denoised
-            images, flagged = self._decoded(result, size, wrap, output_type, generator, source=source)
+            images, flagged = self._decoded(result, size, wrap, output_type, generator, source=source, group=group)
             pipe.maybe_free_model_hooks()
         return self._output(images, flagged, return_dict)
 

@@ -156,6 +156,7 @@ class Start:
         pictures: int,
         wrap: tuple[bool, bool],
         generator: torch.Generator | list[torch.Generator] | None,
+        group: Any = None,
     ) -> Start:
         """The source's latents with the noise of a timestep of the pipeline's scheduler.
 
@@ -165,6 +166,7 @@ class Start:
         Args:
             begin: number of the timestep; None: pure noise.
             pictures: how many are painted.
+            group: the processes that share the autoencoder's tiles.
         """
         device, dtype, scheduler = pipe._execution_device, pipe.unet.dtype, pipe.scheduler
         mask, given = source.mask, 2 * source.pictures - 1
@@ -173,7 +175,8 @@ class Start:
 
         def encoded(given, **how):
             drawn = generator[: len(given)] if isinstance(generator, list) else generator
-            latents = codec.encode(pipe.vae, given.to(pipe.vae.dtype), wrap=wrap, generator=drawn, **how)
+            how |= dict(wrap=wrap, generator=drawn, group=group)
+            latents = codec.encode(pipe.vae, given.to(pipe.vae.dtype), **how)
             return _each(latents.to(device, dtype), pictures)
 
         # of an inpainting UNet that begins with noise diffusers draws none

@@ -116,7 +116,9 @@ class Tasks(Decoding):
         if kind == "latent":
             return self._output(latents, None, whole)
         wrap, generator = settings.get("wrap", (False, False)), settings.get("generator")
-        painted, flagged = self._decoded(latents, margins.size(*own), wrap, "pt", generator)
+        painted, flagged = self._decoded(
+            latents, margins.size(*own), wrap, "pt", generator, group=settings.get("group")
+        )
         pictures = pictures.repeat_interleave(len(painted) // len(pictures), dim=0)
         images = margins.joined(painted.float(), pictures, blend, wrap)
         self.pipe.maybe_free_model_hooks()

@@ -18,11 +18,14 @@ from diffusers.models.upsampling import Upsample2D
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from instantas.sampling.parallel import Ranks
+
 BLOCK = 8  # cells: side of the blocks that a sample is made of
 SAMPLE = 64, 128  # cells: least and greatest side of the sample whose statistics are the first guess
 ROUNDS, NEAR = 3, 0.15  # at most so many passes for statistics: another one where the last found them off by more
 
 
+Layers = Callable[[torch.Tensor], torch.Tensor]
 Moments = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -57,26 +60,33 @@ def reach(modules: Iterable[nn.Module]) -> tuple[int, float]:
 
 
 def in_tiles(
-    layers: Callable[[torch.Tensor], torch.Tensor],
+    layers: Layers,
     given: torch.Tensor,
     rows: Sequence[Span],
     columns: Sequence[Span],
     unit: int,
     norms: bool,
+    ranks: Ranks | None = None,
 ) -> torch.Tensor:
-    """layers(given), a tile at a time; arguments as of `in_bands`."""
-    whole, top = torch.empty(0), 0
-    for band in in_bands(layers, given, rows, columns, unit, norms):
+    """layers(given), a tile at a time; arguments as of `in_bands`, and the processes that share the tiles."""
+    evaluate = _evaluator(layers, given, rows, columns, unit, norms, ranks)
+    tiles = list(itertools.product(rows, columns))
+    own = tiles if ranks is None else tiles[ranks.dealt(len(tiles), 1)]
+    found: Iterator[torch.Tensor] = (evaluate(row, column) for row, column in own)
+    if ranks is not None:
+        found = _everyones(found, tiles, given.device, ranks)
+    whole = torch.empty(0)
+    for (row, column), tile in zip(tiles, found):
+        scale = tile.shape[-1] // (column.stop - column.start)
         if not len(whole):
-            scale = band.shape[-1] // columns[-1].stop
-            whole = band.new_empty(1, band.shape[1], rows[-1].stop * scale, band.shape[-1])
-        whole[:, :, top : top + band.shape[2]] = band
-        top += band.shape[2]
+            whole = tile.new_empty(1, tile.shape[1], rows[-1].stop * scale, columns[-1].stop * scale)
+        (top, bottom), (left, right) = ((scale * span.start, scale * span.stop) for span in (row, column))
+        whole[:, :, top:bottom, left:right] = tile
     return whole
 
 
 def in_bands(
-    layers: Callable[[torch.Tensor], torch.Tensor],
+    layers: Layers,
     given: torch.Tensor,
     rows: Sequence[Span],
     columns: Sequence[Span],
@@ -92,6 +102,20 @@ def in_bands(
         unit: its pixels to a cell.
         norms: whether the layers have group norms.
     """
+    evaluate = _evaluator(layers, given, rows, columns, unit, norms)
+    for row in rows:
+        band = torch.empty(0)
+        for column in columns:
+            tile = evaluate(row, column)
+            scale = tile.shape[-1] // (column.stop - column.start)
+            if not len(band):
+                band = tile.new_empty(1, tile.shape[1], tile.shape[2], columns[-1].stop * scale)
+            band[:, :, :, scale * column.start : scale * column.stop] = tile
+        yield band
+
+
+def _evaluator(layers, given, rows, columns, unit, norms, ranks=None) -> Callable[[Span, Span], torch.Tensor]:
+    """Gives what layers(given) are on a tile, once the statistics of all of them are known."""
     height, width = rows[-1].stop, columns[-1].stop
 
     def of(row: Span, column: Span) -> torch.Tensor:
@@ -100,30 +124,43 @@ def in_bands(
     statistics = Statistics()
     if norms:
         sample = _cut(given, *(_blocks(length, unit) for length in (height, width)))
+        tiles = list(itertools.product(rows, columns))
+        areas = [(row.stop - row.start) * (column.stop - column.start) for row, column in tiles]
         for _ in range(ROUNDS):
             with statistics.guessed():
                 layers(sample)
-            for row, column in itertools.product(rows, columns):
+            for row, column in tiles if ranks is None else tiles[ranks.dealt(len(tiles), 1)]:
                 with statistics.measured(row, column):
                     layers(of(row, column))
-            if statistics.settle() < NEAR:
+            if statistics.settle(areas, ranks) < NEAR:
                 break
         with statistics.guessed():
             layers(sample)
         del sample
 
-    for row in rows:
-        band = torch.empty(0)
-        for column in columns:
-            with statistics.used():
-                tile = layers(of(row, column))
-            scale = tile.shape[-1] // (column.last - column.first)
-            if not len(band):
-                band = tile.new_empty(1, tile.shape[1], (row.stop - row.start) * scale, width * scale)
-            for dim, span in ((2, row), (3, column)):
-                tile = tile.narrow(dim, scale * (span.start - span.first), scale * (span.stop - span.start))
-            band[:, :, :, scale * column.start : scale * column.stop] = tile
-        yield band
+    def evaluate(row, column):
+        with statistics.used():
+            tile = layers(of(row, column))
+        scale = tile.shape[-1] // (column.last - column.first)
+        for dim, span in ((2, row), (3, column)):
+            tile = tile.narrow(dim, scale * (span.start - span.first), scale * (span.stop - span.start))
+        return tile
+
+    return evaluate
+
+
+def _everyones(found, tiles, device, ranks) -> Iterator[torch.Tensor]:
+    """Every process's tiles, of those that this one has found; tiles are padded to the largest to be sent."""
+    cells = [[span.stop - span.start for span in tile] for tile in tiles]
+    most = [max(sides) for sides in zip(*cells)]
+    own, first = [], ranks.dealt(len(tiles), 1).start
+    for tile, (height, width) in zip(found, cells[first:]):
+        scale = tile.shape[-1] // width
+        own.append(F.pad(tile, (0, scale * (most[1] - width), 0, scale * (most[0] - height))))
+    padded, _ = ranks.gathered([torch.cat(own)] if own else [], len(tiles), 1, device)
+    scale = padded.shape[-1] // most[1]
+    for tile, (height, width) in zip(padded.split(1), cells):
+        yield tile[:, :, : scale * height, : scale * width]
 
 
 def _cut(given, rows, columns):
@@ -158,8 +195,7 @@ class Statistics:
         self._known: list[Moments] = []
         self._sample: list[Moments] = []
         self._differences: list[Moments] = []  # whole - sample in deviations of the sample, whole / sample
-        self._found: list[list[Moments]] = []  # of each norm, of every tile
-        self._areas: list[int] = []
+        self._found: list[list[Moments]] = []  # of each tile, of every norm
 
     def guessed(self) -> TorchFunctionMode:
         """Within, norms of the sample take their own statistics, with the differences that are known."""
@@ -178,31 +214,46 @@ class Statistics:
 
     def measured(self, row: Span, column: Span) -> TorchFunctionMode:
         """Within, norms of this tile take the statistics that are known, and its own are kept."""
-        self._found = self._found or [[] for _ in self._known]
-        self._areas.append((row.stop - row.start) * (column.stop - column.start))
+        found: list[Moments] = []
+        self._found.append(found)
 
         def norm(number, x, eps):
             inner = x
             for dim, span in ((3, row), (4, column)):
                 scale = x.shape[dim] / (span.last - span.first)
                 inner = inner.narrow(dim, int((span.start - span.first) * scale), int((span.stop - span.start) * scale))
-            self._found[number].append(_moments(inner, eps))
+            found.append(_moments(inner, eps))
             return self._known[number]
 
         return _GroupNorms(norm)
 
-    def settle(self) -> float:
-        """From the tiles, the differences of picture and sample; returns by how much what was known was off."""
+    def settle(self, areas: Sequence[int], ranks: Ranks | None = None) -> float:
+        """From the tiles, the differences of picture and sample; returns by how much what was known was off.
+
+        Args:
+            areas: of all tiles.
+            ranks: the processes each of which has measured those that it was dealt.
+        """
+        of_tiles = self._found if ranks is None else self._gathered(len(areas), ranks)
         differences, off = [], []
-        for sample, known, found in zip(self._sample, self._known, self._found):
+        for sample, known, found in zip(self._sample, self._known, zip(*of_tiles)):
             means, deviations = (torch.cat(values) for values in zip(*found))
-            shares = means.new_tensor(self._areas)[:, None] / sum(self._areas)
+            shares = means.new_tensor(areas)[:, None] / sum(areas)
             mean = (shares * means).sum(0)
             deviation = (shares * (deviations**2 + (means - mean) ** 2)).sum(0).sqrt()
             differences.append(((mean - sample[0]) / sample[1], deviation / sample[1]))
             off += [((mean - known[0]) / known[1]).abs().max(), (deviation / known[1] - 1).abs().max()]
-        self._differences, self._found, self._areas = differences, [], []
+        self._differences, self._found = differences, []
         return float(torch.stack(off).max())
+
+    def _gathered(self, tiles, ranks):
+        """Of each tile of all, of every norm: sent as one row of numbers a tile."""
+        groups = [len(mean[0]) for mean, _ in self._known]
+        rows = [torch.cat([value for moments in found for value in moments], dim=1) for found in self._found]
+        own = [torch.stack(rows)[:, None]] if rows else []
+        numbers, _ = ranks.gathered(own, tiles, 1, self._known[0][0].device)
+        of_tiles = [row[0].split([2 * count for count in groups], dim=1) for row in numbers]
+        return [[norm.chunk(2, dim=1) for norm in tile] for tile in of_tiles]
 
     def used(self) -> TorchFunctionMode:
         """Within, norms take the statistics that are known."""

@@ -22,8 +22,10 @@ from diffusers.models.unets.unet_motion_model import UNetMotionOutput
 from instantas.pipelines.entry import SEEN, Seen, bound, entered, module_of
 from instantas.pipelines.progress import Progress, is_running
 from instantas.sampling.bridging import Bridge
+from instantas.sampling.fingerprint import digests
 from instantas.sampling.hosted import Place, Windowed
 from instantas.sampling.noise import levels
+from instantas.sampling.parallel import joined
 
 ATTENTION_MAPS = "reads attention maps of the whole canvas, which windows do not have"
 REFUSED = {
@@ -124,6 +126,9 @@ class _UNet:
             return predicted.flatten(1, 2) if moving else predicted
 
         index, stream = self._evaluation(call["timestep"])
+        if self.host.group and not self.progress.step:  # later ones are of the same conditions
+            told = (waiting.call if waiting else {}) | call
+            self.host.group.same(digests({name: value for name, value in told.items() if name != "sample"}))
         form: dict[str, Any] = {}
         if self.levels is not None:
             form = dict(carry=lambda level: level.carry, mark=self.levels[index])
@@ -162,6 +167,7 @@ def windowed(
     window_batch_size: int | None = None,
     wrap: bool | tuple[bool, bool] = (False, False),
     align: int = 1,
+    group: Any = None,
 ) -> Iterator[Windowed]:
     """Any diffusers pipeline with a UNet at any size: inside of the `with` block its network sees native windows only.
 
@@ -183,6 +189,10 @@ def windowed(
         pipe: a diffusers pipeline with a `UNet2DConditionModel` or `UNetMotionModel`; not one of `REFUSED`.
         window: (h, w) cells or one integer for both; None: the UNet's `sample_size`.
         bridging, window_batch_size, wrap, align: see `instantas.sampling.hosted.Windowed`.
+        group: the processes that share the windows, as `sample` takes it: each enters the block, makes the same calls
+            and gets the pictures. torch's own generator of the pipeline's device starts as rank 0's, generators that
+            calls are given are to be seeded alike. Callbacks are each process's own and do the same in all, or a
+            ValueError says what differs.
 
     Yields:
         Windowed: what the UNet is evaluated through.
@@ -190,19 +200,24 @@ def windowed(
     Raises:
         TypeError: for a pipeline of another kind, or one whose networks cannot be given windows, with the reason.
         ValueError: naming the argument, what was expected and what came; in a block for the same network.
+        PeerError: where another process has failed or is gone.
     """
-    check_windows(pipe)
-    size = getattr(pipe.unet.config, "sample_size", None) if window is None else window
-    if size is None:
-        raise ValueError("window: expected cells, as the UNet's config has no sample_size, got None")
-    size = tuple(size) if isinstance(size, list) else size
-    host = Windowed(
-        size, bridging=bridging, window_batch_size=window_batch_size, wrap=wrap, align=align, weight="linear"
-    )
     with contextlib.ExitStack() as stack:
+        ranks = stack.enter_context(joined(group))
+        check_windows(pipe)
+        size = getattr(pipe.unet.config, "sample_size", None) if window is None else window
+        if size is None:
+            raise ValueError("window: expected cells, as the UNet's config has no sample_size, got None")
+        size = tuple(size) if isinstance(size, list) else size
+        asked: dict[str, Any] = dict(bridging=bridging, window_batch_size=window_batch_size, wrap=wrap, align=align)
+        host = Windowed(size, **asked, weight="linear", group=ranks)
+        control = getattr(pipe, "controlnet", None)
+        if ranks:
+            ranks.same_networks(dict(unet=module_of(pipe.unet), controlnet=module_of(control)))
+            ranks.seeded(None, pipe._execution_device)
         front = stack.enter_context(entered(pipe.unet, lambda behind: _UNet(behind, pipe, host)))
-        if getattr(pipe, "controlnet", None) is not None:
-            front.control = stack.enter_context(entered(pipe.controlnet, lambda behind: _ControlNet(behind, pipe)))
+        if control is not None:
+            front.control = stack.enter_context(entered(control, lambda behind: _ControlNet(behind, pipe)))
         yield host
 
 

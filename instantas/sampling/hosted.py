@@ -19,7 +19,9 @@ import torch
 from instantas.checks import flag, integer, pair, positive
 from instantas.sampling.bridging import Bridge, Stage, View, bridge
 from instantas.sampling.evaluator import Batches
+from instantas.sampling.fingerprint import digests
 from instantas.sampling.noise import Level
+from instantas.sampling.parallel import joined, shared
 from instantas.sampling.prediction import Prediction, predict
 from instantas.windows import WEIGHT_KINDS, WindowPlan, cut
 
@@ -56,8 +58,9 @@ class Place:
         return cls(stage.plan, pictures, origins, range(count), progress, stage.view, level)
 
     def subset(self, some: slice) -> Place:
-        """Some of the windows of all elements, from the place of all windows."""
-        pictures, origins = (t.unflatten(0, (-1, self.plan.count))[:, some] for t in (self.pictures, self.origins))
+        """Some of these windows, the same of all elements."""
+        each = len(self.numbers)
+        pictures, origins = (t.unflatten(0, (-1, each))[:, some] for t in (self.pictures, self.origins))
         return replace(self, pictures=pictures.flatten(), origins=origins.flatten(0, 1), numbers=self.numbers[some])
 
     @property
@@ -120,11 +123,19 @@ class Windowed:
         wrap: (vertical, horizontal): whether the canvas is a circle along the axis.
         align: windows begin at multiples of so many cells; canvas and window must be multiples too.
         weight: kind of `WindowPlan.weight`, for windows that have to overlap where they rest.
+        group: the processes that share the windows of each evaluation, as `sample` takes it. All run the host's loop
+            alike, with noise that is seeded alike; they are made, and evaluate, together.
+
+    Attributes:
+        group: `parallel.Ranks` or None. What fails between evaluations reaches the others where the loop is inside of
+            `with host.group.together():`.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
+        PeerError: where another process has failed or is gone.
     """
 
+    @shared
     def __init__(
         self,
         window: int | tuple[int, int],
@@ -134,6 +145,7 @@ class Windowed:
         wrap: bool | tuple[bool, bool] = (False, False),
         align: int = 1,
         weight: str = "uniform",
+        group: Any = None,
     ):
         self.window, self.wrap = pair("window", window, positive), pair("wrap", wrap, flag)
         self.bridging, self.align = bridge(bridging), positive("align", align)
@@ -142,6 +154,10 @@ class Windowed:
         if weight not in WEIGHT_KINDS:
             raise ValueError(f"weight: expected one of {', '.join(WEIGHT_KINDS)}, got {weight!r}")
         self.weight, self.batches = weight, Batches(window_batch_size)
+        self.group, self._share = group, self.batches.size  # as asked for: halving changes nobody's windows
+        if group:
+            asked = dict(window=self.window, bridging=self.bridging, window_batch_size=self._share)
+            group.same(digests(asked | dict(wrap=self.wrap, align=self.align, weight=weight)))
         self._stages: dict[tuple, list[Stage]] = {}
         self._latest: dict[Hashable, tuple[int, torch.Size, torch.Tensor]] = {}  # (step, x's shape, predictions)
 
@@ -176,6 +192,10 @@ class Windowed:
 
         A canvas that is one window, and does not wrap, is handed to the network untouched, and so is its answer.
 
+        With a group each process evaluates some of the windows, or none, and all get the prediction that one process
+        gets, bit for bit. All call with the same `x`, step, streams and mark: they are compared before each evaluation,
+        which waits for the device. A canvas that is one window is evaluated by all. No gradients pass between.
+
         Args:
             evaluate: function of (windows (m, C, h, w), `Place`) that gives the network's predictions (m, C', h, w).
                 Windows are grouped by element of the host's batch: see `Place.pictures`.
@@ -194,7 +214,12 @@ class Windowed:
 
         Raises:
             TypeError, ValueError: naming the argument, what was expected and what came.
+            PeerError: where another process has failed or is gone.
         """
+        with joined(self.group):
+            return self._merged(evaluate, x, step, steps, stream, carry, mark)
+
+    def _merged(self, evaluate, x, step, steps, stream, carry, mark):
         if not isinstance(x, torch.Tensor) or x.dim() != 4:
             raise TypeError(f"x: expected a tensor (B, C, H, W), got {tuple(getattr(x, 'shape', (type(x).__name__,)))}")
         if integer("step", step, 0) >= positive("steps", steps):
@@ -209,6 +234,9 @@ class Windowed:
             stage = self._resting(size)
         if stage.adjust is not None and not isinstance(mark, Level):
             raise ValueError(f"mark: expected a noise.Level, as the bridge adjusts predictions, got {mark!r}")
+        if self.group:
+            told = dict(x=x, step=step, steps=steps, stream=streams, mark=mark, plan=stage.plan)
+            self.group.same(digests(told))
         place = Place.of(stage, len(x), step / steps, mark, x.device)
         if stage.plan.count == 1 and stage.plan.window == size and not stage.plan.origins.any() and not stage.adjust:
             return evaluate(x, place)
@@ -229,23 +257,29 @@ class Windowed:
         if not plan.count:
             return Prediction(latest.new_empty(len(x), 0, latest.shape[2], *plan.window), None, plan)
         weight = None if stage.weight is None else stage.weight.to(x.device)
+        own = place.subset(self.group.dealt(plan.count, self._share)) if self.group else place
 
         def call(windows, some):
             given = windows.transpose(0, 1).flatten(0, 1)
-            out = evaluate(given, place.subset(some))
+            out = evaluate(given, own.subset(some))
             if out.dim() != 4 or (len(out), *out.shape[2:]) != (len(given), *given.shape[2:]):
                 raise ValueError(
                     f"evaluate: expected predictions of {len(given)} windows of {tuple(given.shape[2:])}, got "
                     f"{tuple(out.shape)}"
                 )
-            return [out.unflatten(0, (len(x), -1)).transpose(0, 1)]
+            return [out.unflatten(0, (len(x), -1)).transpose(0, 1).flatten(1, 2)]
 
         def evaluated(windows, place):
-            by_window = windows.unflatten(0, (len(x), -1)).transpose(0, 1)
-            (predicted,) = self.batches(call, by_window)
-            return predicted.transpose(0, 1).flatten(0, 1), None
+            by_window = windows.unflatten(0, (len(x), len(own.numbers))).transpose(0, 1)
+            predicted = self.batches(call, by_window)
+            if self.group:
+                predicted = self.group.gathered(predicted, plan.count, self._share, x.device)
+            return predicted[0].unflatten(1, (len(x), -1)).transpose(0, 1).flatten(0, 1), None
 
-        return predict(evaluated, x, weight, place)
+        def gather(seen, plan, place):
+            return cut(seen, own.pictures, own.origins, plan.window)
+
+        return predict(evaluated, x, weight, place, gather=gather if self.group else None)
 
     def _stages_of(self, size, steps):
         if (size, steps) not in self._stages:

@@ -26,14 +26,14 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from instantas.sampling.checkpoint import get_state, packed, set_state, unpacked
 from instantas.sampling.evaluator import Evaluator
-from instantas.sampling.fingerprint import differing, digest
+from instantas.sampling.fingerprint import differing, digest, digests
 from instantas.windows import WindowPlan, cut
 
 P = ParamSpec("P")
 T = TypeVar("T")
-WELL, FAILED = 0, 1
+WELL, FAILED, THROUGH = 0, 1, 2
 WORDS = 6  # that a process says at once: how it is, and five numbers
-_ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
+DTYPES = torch.float64, torch.float32, torch.float16, torch.bfloat16  # of predictions
 HALF_AN_HOUR = timedelta(minutes=30)
 GRACE = 0.5  # seconds in which processes that miss another one say that they are there
 
@@ -100,6 +100,9 @@ class Ranks:
         if failed:
             messages = self._objects(message)
             raise PeerError("; ".join(f"rank {rank} of {self.count}: {messages[rank]}" for rank in failed))
+        through = [rank for rank, row in enumerate(everyone) if row[0] == THROUGH]
+        if through and len(through) < self.count:
+            raise PeerError(f"rank {through[0]} of {self.count} is through, while others go on")
         return [tuple(row[1:].tolist()) for row in everyone]
 
     def _all(self, tensor):
@@ -161,13 +164,13 @@ class Ranks:
         except PeerError:
             raise
         except BaseException as error:
-            if self._told is not error and not self._gone:
+            if not (self._gone or any(each is self._told or isinstance(each, PeerError) for each in _causes(error))):
                 self._told = error
                 with contextlib.suppress(PeerError):
                     self._said(FAILED, message=f"{type(error).__name__}: {error}"[:500])
             raise
         else:
-            self.exchange()
+            self._said(THROUGH)
 
     def same(self, run: Mapping[str, str]) -> None:
         """Refuse a run that another process was told otherwise.
@@ -178,13 +181,29 @@ class Ranks:
         Raises:
             ValueError: naming the argument, in all processes.
         """
-        self.exchange()
+        if len(set(self.exchange(int(digest(run)[:15], 16)))) == 1:
+            return
         everyone = self._objects(dict(run))
         for rank, theirs in enumerate(everyone):
             if names := differing(everyone[0], theirs):
                 raise ValueError(
                     f"{names[0]}: expected the same in all processes, got another in rank {rank} than in 0"
                 )
+
+    def same_networks(self, networks: Mapping[str, torch.nn.Module | None]) -> None:
+        """Refuse networks, by name, that are others elsewhere, and those that are evaluated by all processes at once.
+
+        Raises:
+            ValueError: naming the network, in all processes.
+        """
+        from torch.distributed.tensor import DTensor  # which not every build of torch has
+
+        for name, network in networks.items():
+            if network is not None and any(isinstance(weight, DTensor) for weight in network.parameters()):
+                raise ValueError(
+                    f"{name}: expected whole weights in each process of a group, got divided ones (DTensor)"
+                )
+        self.same(digests(networks))
 
     def first(self, make: Callable[[], T]) -> T:
         """What rank 0 makes, for all; of what can be pickled."""
@@ -209,25 +228,32 @@ class Ranks:
             dist.broadcast(tensor, group=self.group, group_src=0)
         return tensor
 
-    def gathered(self, own: list[torch.Tensor | None], items: int, each: int, like: torch.Tensor) -> list[Any]:
-        """Everybody's rows, in the order of ranks, of one or two tensors (the second may be None).
+    def dealt(self, items: int, batch: int) -> slice:
+        """Which of the items are this process's (`dealt`)."""
+        return dealt(items, batch, self.rank, self.count)
+
+    def gathered(self, own: list[torch.Tensor | None], items: int, batch: int, device: torch.device) -> list[Any]:
+        """Everybody's rows of the items that are dealt out, of one or two tensors (the second may be None).
 
         Args:
-            own: of this process, at most `each` rows; none of a process that has no work.
-            items: rows of all.
-            like: of the device and dtype of the rows.
+            own: (rows, C, h, w), those of this process; none of a process that has no work.
+            items, batch: as they were dealt.
         """
         parts = [part.detach() for part in own if part is not None]
-        known = {said[:4] for said in self.exchange(len(parts), *(parts[0].shape[1:] if parts else ())) if said[0]}
+        kind = (*parts[0].shape[1:], DTYPES.index(parts[0].dtype)) if parts else ()
+        known = {said for said in self.exchange(len(parts), *kind) if said[0]}
         if len(known) > 1:
-            raise ValueError(f"denoiser: expected predictions alike in all processes, got {sorted(known)}")
-        branches, *shape = known.pop()
-        mine = like.new_zeros(branches, each, *shape)
+            kinds = [(*each[:-1], DTYPES[each[-1]]) for each in sorted(known)]
+            raise ValueError(f"predictions: expected the same kind in all processes, got {kinds}")
+        branches, *shape, dtype = known.pop()
+        most = dealt(items, batch, 0, self.count).stop
+        mine = torch.zeros(branches, most, *shape, dtype=DTYPES[dtype], device=device)
         for slot, part in zip(mine, parts):
             slot[: len(part)] = part
         everyone = mine.new_empty(self.count, *mine.shape)
+        renamed = getattr(dist, "all_gather_single", None)  # in torch 2.13
         with self._watched():
-            _ALL_GATHER(everyone.view(-1), mine.view(-1), group=self.group)
+            (renamed or dist.all_gather_into_tensor)(everyone.view(-1), mine.view(-1), group=self.group)
         self._started = True
         whole = [everyone[:, branch].flatten(0, 1)[:items] for branch in range(branches)]
         return [whole[0], whole[1] if branches > 1 else None]
@@ -267,15 +293,14 @@ class SharedEvaluator(Evaluator):
         self.ranks, self.share = ranks, self.batches.size  # as asked for: halving changes nobody's windows
 
     def gather(self, canvas: torch.Tensor, plan: WindowPlan, context: Any) -> torch.Tensor:
-        own = dealt(len(context.rows), self.share, self.ranks.rank, self.ranks.count)
+        own = self.ranks.dealt(len(context.rows), self.share)
         return cut(canvas, context.pictures[own], context.origins[own], plan.window)
 
     def __call__(self, windows: torch.Tensor, context: Any) -> list[Any]:
         items = len(context.rows)
-        own = dealt(items, self.share, self.ranks.rank, self.ranks.count)
-        predicted = super().__call__(windows, context.subset(own)) if len(windows) else []
-        most = dealt(items, self.share, 0, self.ranks.count)
-        return self.ranks.gathered(predicted, items, most.stop, windows)
+        own = context.subset(self.ranks.dealt(items, self.share))
+        predicted = super().__call__(windows, own) if len(windows) else []
+        return self.ranks.gathered(predicted, items, self.share, windows.device)
 
 
 def call_back(callback: Callable, step: int, timestep: Any, canvas: torch.Tensor, **more: Any) -> tuple[Any, bool]:
@@ -306,17 +331,31 @@ def ranks_of(group: Any) -> Ranks | None:
     return _made[key]
 
 
+@contextlib.contextmanager
+def joined(group: Any) -> Iterator[Ranks | None]:
+    """A block that all processes of a group run alike (`Ranks.together`), or one process alone."""
+    ranks = ranks_of(group)
+    with contextlib.nullcontext() if ranks is None else ranks.together():
+        yield ranks
+
+
 def shared(function: Callable[P, T]) -> Callable[P, T]:
     """A function with an argument `group`, which it is given as `Ranks` or None, and whose errors reach all of them."""
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
-        ranks = ranks_of(kwargs.get("group"))
-        kwargs["group"] = ranks
-        with contextlib.nullcontext() if ranks is None else ranks.together():
+        with joined(kwargs.get("group")) as ranks:
+            kwargs["group"] = ranks
             return function(*args, **kwargs)
 
     return run
+
+
+def _causes(error):
+    """An error, and those from which it was raised."""
+    while error is not None:
+        yield error
+        error = error.__cause__
 
 
 def _bytes(value):

@@ -30,6 +30,8 @@ from instantas.sampling.parallel import Ranks
 from instantas.sampling.sampler import sample
 from instantas.testing import tiny
 from instantas.windows import WindowPlan
+from tests.sampling.coding import CODE_FAILURES, CODED
+from tests.sampling.hosting import HOST_FAILURES, HOSTS
 
 RANKS = 4
 TIMEOUT = 5  # seconds, of a stopped process
@@ -172,6 +174,7 @@ CASES = {
         callback_on_step_end_tensor_inputs=["latents", "prompt_embeds"],
     ),
 }
+CASES |= HOSTS | CODED
 
 
 class Unlike:
@@ -279,6 +282,9 @@ def share(rank, folder):
     for name, told in FAILURES.items():
         if rank < 3:
             results[name] = said(lambda told=told: sampled(groups[3], rank, **told(rank)) and "nothing")
+    for name, run in (HOST_FAILURES | CODE_FAILURES).items():
+        if rank < 3:
+            results[name] = said(lambda run=run: run(groups[3], rank) and "nothing")
     if rank < 3:
         wrong = dict(height=-8) if rank == 1 else {}
         results["other call"] = said(lambda: painted(groups[3], rank, **wrong) and "nothing")

@@ -30,10 +30,15 @@ PATTERNS = {  # failure of rank 1 of three -> what the others say, what it says 
         "ValueError: eta: expected 0 to 1",
     ),
     "other call": ("PeerError: rank 1 of 3: ValueError: height: expected", "ValueError: height: expected"),
+    "loop: exception": ("PeerError: rank 1 of 3: KeyError: 'mine'", "KeyError: 'mine'"),
+    "loop: exception made another": ("PeerError: rank 1 of 3: KeyError: 'mine'", "RuntimeError: a loop's own"),
+    "loop: argument": ("PeerError: rank 1 of 3: ValueError: align: expected", "ValueError: align: expected a divisor"),
+    "windowed: callback": ("PeerError: rank 1 of 3: KeyError: 'mine'", "KeyError: 'mine'"),
+    "tiles: exception": ("PeerError: rank 1 of 3: KeyError: 'mine'", "KeyError: 'mine'"),
 }
 SAME = ": expected the same in all processes, got another in rank 1"
 EVERYWHERE = {
-    "predictions": "ValueError: denoiser: expected predictions alike in all processes, got [(1, 4, 16, 16), (2, 4, 16",
+    "predictions": "ValueError: predictions: expected the same kind in all processes, got [(1, 4, 16, 16, ",
     "other guidance": f"ValueError: guidance_scale{SAME}",
     "other batches": f"ValueError: window_batch_size{SAME}",
     "other plan": f"ValueError: latents{SAME}",
@@ -41,6 +46,16 @@ EVERYWHERE = {
     "other prompt": f"ValueError: prompt{SAME}",
     "callback of one": f"ValueError: callback{SAME}",
     "cuda_graph": "ValueError: cuda_graph: expected False with a group",
+    "loop: other wrap": f"ValueError: wrap{SAME}",
+    "loop: other canvas": f"ValueError: x{SAME}",
+    "loop: other step": f"ValueError: step{SAME}",
+    "loop: fewer steps": "PeerError: rank 1 of 3 is through, while others go on",
+    "windowed: other prompt": f"ValueError: encoder_hidden_states{SAME}",
+    "windowed: other seed": f"ValueError: x{SAME}",
+    "windowed: divided weights": "ValueError: unet: expected whole weights in each process of a group, got divided",
+    "tiles: other latents": f"ValueError: latents{SAME}",
+    "tiles: other sides": f"ValueError: tiles{SAME}",
+    "tiles: other weights": f"ValueError: vae{SAME}",
 }
 
 
@@ -60,7 +75,7 @@ def test_every_process_has_the_latents_of_one_bit_for_bit(ran):
     everyone = ran[0]
     counts = tuple(f" at {n}" for n in (2, 3, 4))
     cases = [{name: found for name, found in each.items() if name.endswith(counts)} for each in everyone]
-    assert [len(each) for each in cases] == sorted(map(len, cases), reverse=True) and len(cases[0]) == 32
+    assert [len(each) for each in cases] == sorted(map(len, cases), reverse=True) and len(cases[0]) == 49
     for rank, each in enumerate(cases):
         assert {name: found for name, found in each.items() if found is not True} == {}, rank
     for count in counts:
