@@ -266,7 +266,7 @@ setup(
     packages=["instantas.kernels", *find_packages(include=["instantas", "instantas.*"])],
     package_data={
         "instantas": ["py.typed"],
-        "instantas.demo": ["README.md", "model/*.json", "model/*/*"],
+        "instantas.demo": ["README.md", "detector.safetensors", "model/*.json", "model/*/*"],
         "instantas.testing": ["emulation/*"],
     },
     include_package_data=False,

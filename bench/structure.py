@@ -14,7 +14,7 @@ import functools
 import os
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,78 +22,17 @@ from PIL import Image
 from scipy import ndimage
 
 from bench.bridging_pictures import SCENES
-from bench.quality import (
-    bootstrap,
-    gradient_energy,
-    load_picture,
-    seam_ratio,
-    seam_scatter,
-    window_borders,
-)
-from instantas import InstantASPipeline, demo
+from bench.quality import gradient_energy, load_picture
+from bench.structure_pictures import METHODS, OCTAVES, bracket, cost, file_of, octaves, paint, seams
 from instantas.files import whole_file
-from instantas.sampling import coarse
-from instantas.sampling.settings import set_timesteps
 
-SIDE, CELL = 128, 8  # of a native window, of a latent cell, in pixels
 PROMPTS = SCENES[:6]
 SEEDS = {1: 5, 2: 5, 3: 2}  # of every prompt, by the windows a side
-LEAST = 0.03  # of the picture's area, that counts as a patch
-OCTAVES = (4, 8, 16, 32, 64, 128)  # wavelengths in pixels: bands between neighbours
-
-
-class Method(NamedTuple):
-    """Arguments of the pipeline's call."""
-
-    bridging: str = "shift"
-    start: Any = "none"
-
-
-METHODS = {
-    "none": Method("none"),
-    "shift": Method(),
-    "coarse": Method(start="coarse"),
-    "coarse, economy": Method("economy", "coarse"),
-    "coarse, sigma 1.1": Method(start=coarse.CoarseStart(sigma=1.1)),
+SIZES = {
+    2: ["none", "shift", "coarse", "coarse, economy", "coarse, sigma 1.1"],
+    3: ["none", "shift", "coarse", "coarse, sigma 1.1"],
 }
-SIZES = {2: list(METHODS), 3: ["none", "shift", "coarse", "coarse, sigma 1.1"]}
-
-
-@functools.cache
-def pipeline() -> InstantASPipeline:
-    pipe = InstantASPipeline.from_pretrained(demo.folder())
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def file_of(out: Path, name: str, size: int, prompt: str, seed: int) -> Path:
-    return out / f"{name}-{size}" / f"{prompt}-{seed}.png"
-
-
-def paint(out: Path, name: str, size: int, prompt: str, seeds: range) -> None:
-    """The pictures of a method, size x size windows, that are not there yet."""
-    missing = [seed for seed in seeds if not file_of(out, name, size, prompt, seed).exists()]
-    if not missing:
-        return
-    generators = [torch.Generator().manual_seed(seed) for seed in missing]
-    method = METHODS[name]._asdict() if size > 1 else {}
-    sides = dict(height=size * SIDE, width=size * SIDE, num_images_per_prompt=len(missing), window_batch_size=20)
-    pictures = pipeline()(prompt, **sides, generator=generators, **method).images
-    for seed, picture in zip(missing, pictures):
-        path = file_of(out, name, size, prompt, seed)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(path, overwrite=True) as part:
-            picture.save(part, format="PNG")
-
-
-def cost(name: str, size: int) -> float:
-    """Evaluations over those of minimum coverage."""
-    pipe, method = pipeline(), METHODS[name]
-    steps = pipe.defaults["num_inference_steps"]
-    set_timesteps(pipe.scheduler, steps, None, torch.device("cpu"))
-    plan = pipe.plan(size * SIDE, size * SIDE)
-    runs = coarse.legs(coarse.start_of(method.start), plan, pipe.scheduler)
-    return coarse.evaluations(method.bridging, runs) / (steps * plan.count)
+LEAST = 0.03  # of the picture's area, that counts as a patch
 
 
 def surface(picture: np.ndarray) -> np.ndarray:
@@ -140,16 +79,6 @@ def patches(picture: np.ndarray, judge: Any) -> int:
     return int(count)
 
 
-def octaves(picture: np.ndarray) -> list[float]:
-    """log10 of the luminance's power in the bands between `OCTAVES`, and from 2 to 4 pixels, finest first."""
-    gray = picture @ np.array([0.299, 0.587, 0.114])
-    hann = np.outer(*map(np.hanning, gray.shape))
-    power = np.abs(np.fft.fft2((gray - gray.mean()) * hann)) ** 2 / (hann**2).sum()
-    radius = np.hypot(*np.meshgrid(*map(np.fft.fftfreq, gray.shape), indexing="ij"))
-    bands = zip((2, *OCTAVES), OCTAVES)
-    return [float(np.log10(power[(radius <= 1 / short) & (radius > 1 / long)].mean())) for short, long in bands]
-
-
 def measure(out: Path, name: str, size: int) -> dict[str, np.ndarray]:
     """Of every picture: its patches, detail, octaves, and seam ratios with their weights."""
     found: dict[str, list] = dict(patches=[], detail=[], octaves=[], seams=[], weights=[])
@@ -159,16 +88,9 @@ def measure(out: Path, name: str, size: int) -> dict[str, np.ndarray]:
             found["patches"].append(patches(picture, judge(out, prompt)))
             found["detail"].append(gradient_energy(picture))
             found["octaves"].append(octaves(picture))
-            for axis in (0, 1):
-                if len(borders := window_borders(size * SIDE, SIDE)):
-                    found["seams"].append(seam_ratio(picture, borders, axis))
-                    found["weights"].append(1 / seam_scatter(picture, borders, axis))
+            for quantity, values in zip(("seams", "weights"), seams(picture)):
+                found[quantity] += values
     return {key: np.array(values) for key, values in found.items()}
-
-
-def bracket(values, weights=None, digits: int = 2) -> str:
-    low, high = bootstrap(values, weights)
-    return f"{np.average(values, weights=weights):.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
 def table(out: Path, sizes: dict[int, list[str]]) -> list[str]:

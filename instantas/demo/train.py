@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from instantas.demo.training.scenes import Scene
     from instantas.demo.training.stage import Stage
 
-SHARES = {"pictures": 0.03, "autoencoder": 0.27, "latents": 0.03, "diffusion": 0.55, "decoder": 0.12}
+SHARES = {"pictures": 0.02, "autoencoder": 0.25, "latents": 0.08, "diffusion": 0.50, "decoder": 0.15}
 """The parts of the time that go to the stages."""
 
 PICTURES, SCENES = 60, 180

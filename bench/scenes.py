@@ -1,0 +1,135 @@
+"""Scenes of one subject on the embedded model: how many subjects a large picture shows, by method.
+
+    python -m bench.scenes --out out/scenes --only none shift coarse --size 2      # paints what is missing of them
+    python -m bench.scenes --out out/scenes --table bench/results/scenes.md --sheet docs/pictures/subjects.jpg
+
+The same seeds for every method; a picture that is in the folder is not painted again. Subjects are counted by
+`instantas.demo.detector`. Needs `instantas[train]` for the seams' and spectra's measures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from bench.quality import gradient_energy, load_picture
+from bench.structure_pictures import METHODS, OCTAVES, bracket, cost, file_of, octaves, paint, seams
+from instantas.demo.detector import Detector
+from instantas.files import whole_file
+
+PROMPTS = {
+    "lighthouse by the sea": "lighthouse",
+    "sailing boat at sea": "boat",
+    "tree in a field": "tree",
+    "house on a hill": "house",
+    "sun over mountains": "sun",
+    "moon at night": "moon",
+    "hot air balloon in the desert": "balloon",
+    "bridge over a river": "bridge",
+}
+"""Prompt to the subject that is counted."""
+
+SIZES = {
+    2: ["none", "shift", "dilated", "MultiDiffusion", "coarse", "coarse, economy"],
+    3: ["none", "shift", "coarse", "coarse, economy"],
+}
+
+
+def measure(out: Path, name: str, size: int, seeds: int, detector: Detector) -> dict[str, np.ndarray]:
+    """Of every picture that is there: its subjects, detail, octaves, and seam ratios with their weights."""
+    found: dict[str, list] = dict(subjects=[], detail=[], octaves=[], seams=[], weights=[], prompts=[])
+    for prompt, subject in PROMPTS.items():
+        for seed in range(seeds):
+            if not (path := file_of(out, name, size, prompt, seed)).exists():
+                continue
+            picture = load_picture(path)
+            seen = detector.find(np.asarray(Image.open(path).convert("RGB")))
+            found["prompts"].append(prompt)
+            found["subjects"].append(sum(each.subject == subject for each in seen))
+            found["detail"].append(gradient_energy(picture))
+            found["octaves"].append(octaves(picture))
+            for quantity, values in zip(("seams", "weights"), seams(picture)):
+                found[quantity] += values
+    return {key: np.array(values) for key, values in found.items()}
+
+
+def by_prompt(found: dict[str, np.ndarray]) -> str:
+    """The mean number of subjects for each prompt."""
+    means = [found["subjects"][found["prompts"] == prompt].mean() for prompt in PROMPTS]
+    return ", ".join(f"{subject} {mean:.2f}" for subject, mean in zip(PROMPTS.values(), means))
+
+
+def table(out: Path, sizes: dict[int, list[str]], seeds: int, detector: Detector) -> list[str]:
+    """Lines of markdown: a table for each size, of the methods that have pictures of every prompt."""
+    native = measure(out, "native", 1, seeds, detector)
+    one = (native["subjects"] == 1).mean()
+    lines = [
+        f"Native pictures, {len(native['subjects'])}: {bracket(native['subjects'])} subjects, "
+        f"exactly one in {one:.0%} ({by_prompt(native)})."
+    ]
+    for size, names in sizes.items():
+        waves = " | ".join(f"{short} to {long} px" for short, long in zip((2, *OCTAVES), OCTAVES))
+        lines += ["", f"{size} x {size} windows:", ""]
+        lines.append(f"| method | pictures | evaluations | subjects | exactly one | detail | seams | {waves} |")
+        lines.append("|---" * (7 + len(OCTAVES)) + "|")
+        shift = measure(out, "shift", size, seeds, detector)
+        notes = []
+        for name in names:
+            found = measure(out, name, size, seeds, detector)
+            if set(found["prompts"]) != set(PROMPTS):
+                continue
+            detail = found["detail"].mean() / shift["detail"].mean()
+            bands = " | ".join(f"{10**d:.2f}" for d in found["octaves"].mean(0) - shift["octaves"].mean(0))
+            subjects = f"{bracket(found['subjects'])} | {(found['subjects'] == 1).mean():.0%}"
+            ratio = bracket(found["seams"], found["weights"])
+            row = f"{len(found['subjects'])} | {cost(name, size):.2f} | {subjects} | {detail:.3f} | {ratio} | {bands}"
+            lines.append(f"| {name} | {row} |")
+            notes.append(f"* {name}: {by_prompt(found)}")
+        lines += ["", "Subjects by prompt:", "", *notes]
+    return lines
+
+
+def sheet(out: Path, path: Path, size: int, names: list[str], height: int = 160) -> None:
+    """A row for each method, a column for each prompt, all of the first seed."""
+    rows = []
+    for name in names:
+        files = [file_of(out, name, size if name != "native" else 1, prompt, 0) for prompt in PROMPTS]
+        shown = [Image.open(file).convert("RGB").resize((height, height), Image.Resampling.LANCZOS) for file in files]
+        rows.append(np.concatenate([np.pad(x, ((0, 3), (0, 3), (0, 0)), constant_values=255) for x in shown], axis=1))
+    with whole_file(path, overwrite=True) as part:
+        Image.fromarray(np.concatenate(rows)).save(part, format="JPEG", quality=85)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--only", nargs="+", choices=METHODS, help="methods to paint; by default all")
+    parser.add_argument("--size", type=int, nargs="+", choices=SIZES, default=list(SIZES), help="windows a side")
+    parser.add_argument("--seeds", type=int, default=13, help="of every prompt")
+    parser.add_argument("--table", type=Path)
+    parser.add_argument("--sheet", type=Path)
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
+    for prompt in PROMPTS:
+        paint(options.out, "native", 1, prompt, range(options.seeds))
+    for size in options.size:
+        for name in SIZES[size]:
+            for prompt in PROMPTS if options.only is None or name in options.only else ():
+                paint(options.out, name, size, prompt, range(options.seeds))
+    lines = table(options.out, {size: SIZES[size] for size in options.size}, options.seeds, Detector.load())
+    print(*lines, sep="\n")
+    if options.table:
+        options.table.write_text("\n".join(lines) + "\n")
+    if options.sheet:
+        sheet(options.out, options.sheet, max(options.size), ["native", "none", "shift", "coarse"])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

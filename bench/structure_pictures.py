@@ -1,0 +1,104 @@
+"""Pictures by several ways to begin and to bridge, on the embedded model, painted once; what is measured of all.
+
+The model's own scheduler, steps and guidance; the same seeds for every method.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from bench.quality import bootstrap, seam_ratio, seam_scatter, window_borders
+from instantas import InstantASPipeline, demo
+from instantas.files import whole_file
+from instantas.sampling import coarse
+from instantas.sampling.settings import set_timesteps
+
+SIDE, CELL = 128, 8  # of a native window, of a latent cell, in pixels
+OCTAVES = (4, 8, 16, 32, 64, 128)  # wavelengths in pixels: bands between neighbours
+
+
+class Method(NamedTuple):
+    """Arguments of the pipeline's call."""
+
+    bridging: str = "shift"
+    start: Any = "none"
+    method: str = "instantas"
+
+
+METHODS = {
+    "none": Method("none"),
+    "shift": Method(),
+    "dilated": Method("dilated"),
+    "coarse": Method(start="coarse"),
+    "coarse, economy": Method("economy", "coarse"),
+    "coarse, sigma 1.1": Method(start=coarse.CoarseStart(sigma=1.1)),
+    "MultiDiffusion": Method("default", method="multidiffusion"),
+}
+
+
+@functools.cache
+def pipeline() -> InstantASPipeline:
+    pipe = InstantASPipeline.from_pretrained(demo.folder())
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def file_of(out: Path, name: str, size: int, prompt: str, seed: int) -> Path:
+    return out / f"{name}-{size}" / f"{prompt}-{seed}.png"
+
+
+def paint(out: Path, name: str, size: int, prompt: str, seeds: range) -> None:
+    """The pictures of a method, size x size windows, that are not there yet."""
+    missing = [seed for seed in seeds if not file_of(out, name, size, prompt, seed).exists()]
+    if not missing:
+        return
+    generators = [torch.Generator().manual_seed(seed) for seed in missing]
+    method = METHODS[name]._asdict() if size > 1 else {}
+    sides = dict(height=size * SIDE, width=size * SIDE, num_images_per_prompt=len(missing), window_batch_size=20)
+    pictures = pipeline()(prompt, **sides, generator=generators, **method).images
+    for seed, picture in zip(missing, pictures):
+        path = file_of(out, name, size, prompt, seed)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(path, overwrite=True) as part:
+            picture.save(part, format="PNG")
+
+
+def cost(name: str, size: int) -> float:
+    """Evaluations over those of minimum coverage."""
+    pipe, method = pipeline(), METHODS[name]
+    steps = pipe.defaults["num_inference_steps"]
+    set_timesteps(pipe.scheduler, steps, None, torch.device("cpu"))
+    plan = pipe.plan(size * SIDE, size * SIDE)
+    if method.method == "multidiffusion":
+        return pipe.plan(size * SIDE, size * SIDE, method=method.method).count / plan.count
+    runs = coarse.legs(coarse.start_of(method.start, pipe.defaults.get("coarse_sigma")), plan, pipe.scheduler)
+    return coarse.evaluations(method.bridging, runs) / (steps * plan.count)
+
+
+def octaves(picture: np.ndarray) -> list[float]:
+    """log10 of the luminance's power in the bands between `OCTAVES`, and from 2 to 4 pixels, finest first."""
+    gray = picture @ np.array([0.299, 0.587, 0.114])
+    hann = np.outer(*map(np.hanning, gray.shape))
+    power = np.abs(np.fft.fft2((gray - gray.mean()) * hann)) ** 2 / (hann**2).sum()
+    radius = np.hypot(*np.meshgrid(*map(np.fft.fftfreq, gray.shape), indexing="ij"))
+    bands = zip((2, *OCTAVES), OCTAVES)
+    return [float(np.log10(power[(radius <= 1 / short) & (radius > 1 / long)].mean())) for short, long in bands]
+
+
+def seams(picture: np.ndarray) -> tuple[list[float], list[float]]:
+    """The seam ratios of both axes of a picture of square size, and their weights."""
+    borders = window_borders(len(picture), SIDE)
+    axes = (0, 1) if len(borders) else ()
+    return [seam_ratio(picture, borders, axis) for axis in axes], [
+        1 / seam_scatter(picture, borders, axis) for axis in axes
+    ]
+
+
+def bracket(values, weights=None, digits: int = 2) -> str:
+    low, high = bootstrap(values, weights)
+    return f"{np.average(values, weights=weights):.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"

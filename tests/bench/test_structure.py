@@ -1,0 +1,40 @@
+"""What the comparisons of coarse starts count: evaluations, boxes found again, subjects by prompt."""
+
+import numpy as np
+import pytest
+
+pytest.importorskip("skimage", reason="needs instantas[train]")
+pytest.importorskip("sklearn", reason="needs instantas[train]")
+
+from bench import detection, scenes, structure_pictures  # noqa: E402
+from instantas import demo  # noqa: E402
+from instantas.demo.detector import Found  # noqa: E402
+
+
+def test_evaluations_over_minimum_coverage():
+    found = {name: structure_pictures.cost(name, 2) for name in structure_pictures.METHODS}
+    assert found["none"] == found["shift"] == found["dilated"] == 1
+    assert found["MultiDiffusion"] == 81 / 4
+    assert found["coarse, economy"] < found["coarse, sigma 1.1"] < found["coarse"] < 0.7
+
+
+def test_a_box_is_found_again_once():
+    box = (10.0, 10.0, 8.0, 8.0)
+    found = [Found("sun", 0.9, 11.0, 10.0, 8.0, 8.0), Found("moon", 0.8, 40.0, 10.0, 8.0, 8.0)]
+    assert detection.matched(found, [("sun", box)]) == ["sun"]
+    assert detection.matched(found, [("sun", box), ("sun", box)]) == ["sun"]
+    assert detection.matched(found, [("moon", box), ("boat", (40.0, 10.0, 8.0, 8.0))]) == []
+
+
+def test_seams_of_a_planted_border():
+    rng = np.random.default_rng(0)
+    picture = rng.random((256, 256, 3)) * 0.1
+    ratios, weights = structure_pictures.seams(picture + (np.arange(256) >= 128)[:, None, None] * 0.5)
+    assert ratios[0] > 3 > 1.5 > ratios[1] and len(weights) == 2
+    assert structure_pictures.seams(picture[:128, :128]) == ([], [])
+
+
+def test_prompts_name_each_subject_once():
+    assert sorted(scenes.PROMPTS.values()) == sorted(demo.SUBJECTS)
+    found = dict(prompts=np.array([*scenes.PROMPTS, *scenes.PROMPTS]), subjects=np.arange(16))
+    assert scenes.by_prompt(found).startswith("lighthouse 4.00, boat 5.00")
