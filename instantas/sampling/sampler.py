@@ -166,7 +166,7 @@ def sample(
     evaluated = None if known is None else evaluated_cells(known, plan)
     advance: Callable = Advance(evaluate, update, guidance_scale, guidance_rescale, plan, reuse, evaluated)
     steps = steps_of(latents, timesteps, stages, noise_levels, recurrence, interval)
-    told = {} if callback is None or "denoised" not in inspect.signature(callback).parameters else {"denoised": None}
+    told = [] if callback is None or "denoised" not in inspect.signature(callback).parameters else ["denoised"]
     deviation = 1.0 if from_picture else getattr(scheduler, "init_noise_sigma", 1.0)
     run = {}
     if group or checkpoint:
@@ -208,7 +208,9 @@ def sample(
         ranks=group,
     )
     latest = known.prediction(noise_levels[0]).to(latents.dtype) if known is not None and reuse else None
-    state, done, leg = recorder.resume(State(latents * deviation, update.history(latents), latest))
+    begin_with = State(latents if before else latents * deviation, update.history(latents), latest)
+    state, done, leg = recorder.resume(begin_with)
+    del begin_with, latest  # here and below: no name but the state's holds a canvas on
     if leg < len(before):
         settings: dict[str, Any] = dict(guidance_rescale=guidance_rescale, guidance_interval=interval, eta=eta)
         settings |= dict(generator=generator, window_batch_size=window_batch_size, bridging=bridging)
@@ -216,10 +218,12 @@ def sample(
         begin_smaller = functools.partial(sample, denoiser)
         try:
             runs = [*before, last]
-            begun = coarse.begun(begin_smaller, latents, runs, guidance_scale, callback, recorder, leg, **settings)
+            state = replace(
+                state,
+                canvas=coarse.begun(begin_smaller, latents, runs, guidance_scale, callback, recorder, leg, **settings),
+            )
         except coarse.Interrupted as stop:
             return stop.latents
-        state = replace(state, canvas=begun)
     callback = coarse.counted_from(callback, sum(leg.steps for leg in before))
     if cuda_graph:
         advance = StepGraphs(advance, steps[done:], getattr(denoiser, "phase", None))
@@ -230,11 +234,12 @@ def sample(
                 state = replace(state, canvas=restored(step.context.step, state.canvas))
                 denoised = denoised if denoised is None else restored.denoised(step.context.step, denoised)
             if callback is not None:
-                told = {name: denoised for name in told}
                 call = call_back if group is None else group.call_back
                 canvas = state.canvas.clone() if cuda_graph else state.canvas
-                replaced, stopped = call(callback, step.context.step, t, canvas, **told)
+                replaced, stopped = call(callback, step.context.step, t, canvas, **dict.fromkeys(told, denoised))
                 state = state if replaced is None else replace(state, canvas=replaced)
+                del canvas, replaced
+            denoised = update.denoised = None
             recorder.keep(state, step.context.step + 1, last=stopped)
             if stopped:
                 break
