@@ -17,10 +17,10 @@ class Counted:
     Args:
         denoiser: of `sampler.sample`, with a `fingerprint`.
         told: what else the run is told that makes it another one.
-        done: function of a step that gives how many windows are evaluated before it, of a run that goes on.
+        done: function of a step's context that gives how many windows are evaluated before it, of a run that goes on.
     """
 
-    def __init__(self, denoiser: Any, bar: Any, told: Mapping[str, Any], done: Callable[[int], int]):
+    def __init__(self, denoiser: Any, bar: Any, told: Mapping[str, Any], done: Callable[[StepContext], int]):
         self.denoiser, self.bar, self.told, self.done = denoiser, bar, told, done
         self.phase = getattr(denoiser, "phase", None)
 
@@ -33,7 +33,7 @@ class Counted:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         predicted = self.denoiser(windows, timestep, context)
         if self.bar.unit == "window":
-            _begin(self.bar, self.done(context.step))
+            _begin(self.bar, lambda: self.done(context))
             self.bar.update(len(windows))
         return predicted
 
@@ -49,7 +49,7 @@ class Shown:
         self, step: int, timestep: torch.Tensor, latents: torch.Tensor, denoised: torch.Tensor | None = None
     ) -> torch.Tensor:
         if self.bar.unit == "step":
-            _begin(self.bar, step)
+            _begin(self.bar, lambda: step)
             self.bar.update()
         self.bar.set_postfix_str(f"step {step + 1}/{self.steps}")
         return self.step_end(step, timestep, latents, denoised)
@@ -58,4 +58,4 @@ class Shown:
 def _begin(bar, done):
     """Let a bar that shows nothing yet begin after what is done: the time left is told of what follows."""
     if not bar.n:
-        bar.n = bar.initial = done
+        bar.n = bar.initial = done()

@@ -334,7 +334,7 @@ class InstantASPipeline(Tasks):
                     default_device=default_device,
                 )
                 result = sample(
-                    Counted(denoiser, bar, told, lambda step: step and pictures * evaluated(step)),
+                    Counted(denoiser, bar, told, lambda context: pictures * evaluated(until=context)),
                     noise,
                     plan,
                     pipe.scheduler,

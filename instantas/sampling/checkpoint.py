@@ -7,7 +7,7 @@ import os
 import traceback
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,9 @@ class Checkpoint:
 
     Args:
         path: written whole or not at all, so that nothing stops a run at a moment at which the file is of no use.
-        every: after how many steps it is written; None: never on the way. It is written too when the run is done, when
-            a callback ends it, and after the last finished step when an exception does.
+        every: after how many steps it is written; None: never on the way. It is written too when the run is done on a
+            canvas (a `start` has several), when a callback ends it, and after the last finished step when an exception
+            does.
         note: names and texts to keep beside (`read`).
 
     Raises:
@@ -60,8 +61,25 @@ class Checkpoint:
         return replace(self, path=path.with_name(f"{path.stem}.{number}{path.suffix}"))
 
 
+@dataclass(frozen=True)
+class LegCheckpoint(Checkpoint):
+    """That of a run's leg on a smaller canvas (`coarse.Leg`), which shares the file of the whole run.
+
+    Attributes:
+        run: digests of what the whole run is told, by name.
+        lengths: steps of each of its legs.
+        leg: number of this one.
+    """
+
+    run: Mapping[str, str] = field(default_factory=dict)
+    lengths: Sequence[int] = ()
+    leg: int = 0
+
+
 def read(path: str | os.PathLike, device: torch.device | str = "cpu") -> dict[str, Any]:
     """What a checkpoint has: "canvas" (B, C, H, W), of "done" out of "steps", the "note", and what a run goes on with.
+
+    Steps are those of all legs (`coarse.Leg`), of which "leg" is the number of the canvas's.
 
     Args:
         device: of what is not on the CPU.
@@ -112,7 +130,7 @@ class Recorder:
     Args:
         checkpoint: where; None: nowhere.
         run: digests of what the run is told, by name.
-        steps: of the run.
+        lengths: steps of each of its legs; this is the last one, but for a `LegCheckpoint`, which says itself.
         scheduler: whose steps the run takes; None: one that is only read, before the first.
         generators: that the run draws from; None among them: torch's own, of the device.
         callback: with `state_dict` and `load_state_dict` (of tensors, numbers and texts) where it has something to
@@ -130,7 +148,7 @@ class Recorder:
         self,
         checkpoint: Checkpoint | None,
         run: Mapping[str, str],
-        steps: int,
+        lengths: Sequence[int],
         device: torch.device,
         *,
         scheduler: Any = None,
@@ -143,9 +161,13 @@ class Recorder:
         self.checkpoint, self.ranks = checkpoint, ranks
         if checkpoint is None:
             return
-        self.steps, self.device, self.scheduler, self.generators = steps, device, scheduler, generators
+        self.run, self.lengths, self.leg = dict(run), list(lengths), len(lengths) - 1
+        if isinstance(checkpoint, LegCheckpoint):
+            self.run, self.lengths, self.leg = dict(checkpoint.run), list(checkpoint.lengths), checkpoint.leg
+        self.before = sum(self.lengths[: self.leg])
+        self.device, self.scheduler, self.generators = device, scheduler, generators
         self.callback, self.overwritten = callback, overwritten
-        self.run, self.begun_with = dict(run), dict(vars(scheduler)) if scheduler is not None else {}
+        self.begun_with = dict(vars(scheduler)) if scheduler is not None else {}
         self.writes = ranks is None or ranks.rank == 0
         self.last: dict[str, Any] | None = None
         if self.writes:
@@ -153,22 +175,33 @@ class Recorder:
         if scheduler is not None:
             _check_steps(scheduler, eta)
 
-    def resume(self, state: Any) -> tuple[Any, int]:
-        """The state to begin with, of the same type, and how many steps are done.
+    def of_leg(self, leg: int) -> LegCheckpoint | None:
+        """Where an earlier leg of the run is kept; None: nowhere."""
+        if self.checkpoint is None:
+            return None
+        path, every, note = self.checkpoint.path, self.checkpoint.every, self.checkpoint.note
+        return LegCheckpoint(path, every, note, self.run, self.lengths, leg)
+
+    def resume(self, state: Any) -> tuple[Any, int, int]:
+        """The state to begin with, of the same type, how many of this leg's steps are done, and the leg to go on with.
+
+        With an earlier leg, of which the file is, nothing is changed.
 
         Raises:
             ValueError: for the file of another run, naming what differs, and for one that is no checkpoint.
         """
         if self.checkpoint is None:
-            return state, 0
+            return state, 0, 0
         path = Path(self.checkpoint.path)
         content = self._content() if self.ranks is None else self.ranks.first(self._content)
         if content is None:
-            return state, 0
+            return state, 0, 0
         saved = _read(content, path, self.device)
         if others := differing(self.run, saved["run"]):
             names = ", another ".join(others)
             raise ValueError(f"checkpoint: expected one of this run, got {str(path)!r} of one with another {names}")
+        if saved["leg"] < self.leg:
+            return state, 0, saved["leg"]
         if self.scheduler is not None:
             vars(self.scheduler).update(saved["scheduler"])
         for generator, drawn in zip(self.generators, saved["generators"]):
@@ -176,23 +209,25 @@ class Recorder:
         if saved["callback"] is not None:
             self.callback.load_state_dict(saved["callback"])
         tensors = {name: t if t is None else t.to(self.device) for name, t in saved["state"].items()}
-        return replace(state, **tensors), saved["done"]
+        return replace(state, **tensors), saved["done"] - self.before, self.leg
 
     def keep(self, state: Any, done: int, *, last: bool = False) -> None:
-        """The state after a step, which is written if it is its turn, or the last."""
+        """The state after so many of this leg's steps, which is written if it is its turn, or the last."""
         if self.checkpoint is None or not self.writes:
             return
-        tensors = {field.name: getattr(state, field.name) for field in fields(state)}
+        tensors = {each.name: getattr(state, each.name) for each in fields(state)}
         if self.overwritten:
             tensors = {name: t if t is None else t.clone() for name, t in tensors.items()}
+        last, done = last or done == self.lengths[self.leg], self.before + done
         self.last = dict(
             done=done,
+            leg=self.leg,
             state=tensors,
             scheduler={} if self.scheduler is None else _kept(self.scheduler, self.begun_with),
             generators=[get_state(generator, self.device) for generator in self.generators],
             callback=self.callback.state_dict() if hasattr(self.callback, "state_dict") else None,
         )
-        if last or done == self.steps or (self.checkpoint.every and done % self.checkpoint.every == 0):
+        if last or (self.checkpoint.every and done % self.checkpoint.every == 0):
             self._write()
 
     def _content(self):
@@ -203,7 +238,7 @@ class Recorder:
     def _write(self):
         checkpoint, kept = self.checkpoint, self.last
         note = dict(checkpoint.note or {})
-        whole = dict(version=__version__, note=note, run=self.run, steps=self.steps, **_copied(kept))
+        whole = dict(version=__version__, note=note, run=self.run, steps=sum(self.lengths), **_copied(kept))
         with whole_file(checkpoint.path) as part:
             torch.save(whole, part)
         self.last = None

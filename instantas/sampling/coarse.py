@@ -19,8 +19,10 @@ import torch.nn.functional as F
 
 from instantas.checks import real
 from instantas.sampling import bridging
+from instantas.sampling.checkpoint import Recorder
 from instantas.sampling.noise import Level, levels
 from instantas.sampling.schedulers import unplaced
+from instantas.sampling.step import StepContext
 from instantas.windows import WindowPlan
 
 BINS = 16  # of frequency, in which the power of detail is measured
@@ -146,14 +148,18 @@ def legs(start: CoarseStart | None, plan: WindowPlan, scheduler: Any, end: int |
 
 
 def evaluations(
-    bridge: str | bridging.Bridge | None, runs: list[Leg], first: int | None = None, **settings: Any
+    bridge: str | bridging.Bridge | None, runs: list[Leg], until: StepContext | None = None, **settings: Any
 ) -> int:
     """Windows evaluated in all runs of `legs`, for one picture and one branch of guidance: `bridging.evaluations`.
 
-    first: those until so many steps of the last run are done; None: all.
-    settings: of that run, as `bridging.evaluations` takes them.
+    until: those before a step of one of them; None: all.
+    settings: of the last, as `bridging.evaluations` takes them.
     """
+    if until is not None:
+        sizes = [(leg.plan.height, leg.plan.width) for leg in runs]
+        runs = runs[: sizes.index(until.size) + 1]
     *before, last = runs
+    first = None if until is None else until.step
     smaller = sum(bridging.evaluations(bridge, leg.plan, leg.steps) for leg in before)
     return smaller + bridging.evaluations(bridge, last.plan, last.steps, first, **settings)
 
@@ -164,6 +170,8 @@ def begun(
     runs: list[Leg],
     guidance_scale: Any,
     callback: Callable | None,
+    recorder: Recorder,
+    first: int = 0,
     **settings: Any,
 ) -> torch.Tensor:
     """What the last leg begins with, (B, C, H, W) with its timestep's noise: runs the legs before it.
@@ -172,15 +180,16 @@ def begun(
         sample: `sampler.sample`, of everything but what is said here.
         latents: (B, C, H, W) standard normal noise of the last leg's canvas. The smallest begins with its low
             frequencies; detail and noise of larger ones are drawn from the generator.
+        recorder: of the last leg; the others are kept in its file.
+        first: the leg of which that file is, which goes on from it; 0 without a file.
         settings: of `sample`, `generator` among them.
 
     Raises:
         Interrupted: where the callback ended the run.
     """
-    before = runs[0]
-    size = before.plan.height, before.plan.width
-    x, ended = carry(latents, size, before.plan.wrap), list[bool]()
-    for number, (leg, after) in enumerate(zip(runs, runs[1:])):
+    begins = runs[first].plan  # another than the smallest with the file's canvas, whatever is given here
+    x, ended = carry(latents, (begins.height, begins.width), begins.wrap), list[bool]()
+    for number, (leg, after) in list(enumerate(zip(runs, runs[1:])))[first:]:
         wider = after.plan.height, after.plan.width
         clean = sample(
             latents=x,
@@ -190,6 +199,7 @@ def begun(
             weight=leg.plan.weight("linear").to(x.device) if leg.plan.overlap else None,
             guidance_scale=_fitted(guidance_scale, leg.plan),
             callback=_told(callback, sum(run.steps for run in runs[:number]), ended),
+            checkpoint=recorder.of_leg(number),
             **settings,
         )
         group = settings.get("group")

@@ -120,9 +120,9 @@ def sample(
             StopIteration ends the run, with its value as the latents if it has one. One with a parameter `denoised` is
             told the clean latents that `scheduler.step` gave beside, None where it gives none or is not called.
         checkpoint: file in which the run is kept after every step (`instantas.sampling.checkpoint`, to say more), and
-            from which it goes on, to the same bits, if it is there; with a `start`, from the plan's own canvas on. What
-            tells a denoiser from another is what its method `fingerprint` gives, names and values, if it has one. No
-            gradients pass a file.
+            from which it goes on, to the same bits, if it is there, on any canvas of a `start`. What tells a denoiser
+            from another is what its method `fingerprint` gives, names and values, if it has one. No gradients pass a
+            file.
         group: the processes that share the windows: of torch.distributed, a DeviceMesh of one dimension, True for all,
             or `parallel.Ranks`. All call with the same arguments, latents and generators being rank 0's, and get the
             latents that one process gets, bit for bit. The callback is rank 0's, and so is the checkpoint's file. With
@@ -166,7 +166,7 @@ def sample(
     evaluated = None if known is None else evaluated_cells(known, plan)
     advance: Callable = Advance(evaluate, update, guidance_scale, guidance_rescale, plan, reuse, evaluated)
     steps = steps_of(latents, timesteps, stages, noise_levels, recurrence, interval)
-    told = {} if callback is None or "denoised" not in inspect.signature(callback).parameters else {"denoised": None}
+    told = [] if callback is None or "denoised" not in inspect.signature(callback).parameters else ["denoised"]
     deviation = 1.0 if from_picture else getattr(scheduler, "init_noise_sigma", 1.0)
     run = {}
     if group or checkpoint:
@@ -182,7 +182,7 @@ def sample(
                 eta=eta,
                 generator=len(generator) if isinstance(generator, list) else generator is None,
                 bridging=bridging,
-                start=start,
+                start=before,
                 denoiser=denoiser,
                 known=None if known is None else (known.latents, known.noise, known.painted, known.told),
             )
@@ -198,7 +198,7 @@ def sample(
     recorder = Recorder(
         checkpoint,
         run,
-        len(steps),
+        [*(leg.steps for leg in before), len(steps)],
         latents.device,
         scheduler=update.scheduler,
         generators=generator if isinstance(generator, list) else [generator],
@@ -208,17 +208,22 @@ def sample(
         ranks=group,
     )
     latest = known.prediction(noise_levels[0]).to(latents.dtype) if known is not None and reuse else None
-    state, done = recorder.resume(State(latents * deviation, update.history(latents), latest))
-    if before and not done:
+    begin_with = State(latents if before else latents * deviation, update.history(latents), latest)
+    state, done, leg = recorder.resume(begin_with)
+    del begin_with, latest  # here and below: no name but the state's holds a canvas on
+    if leg < len(before):
         settings: dict[str, Any] = dict(guidance_rescale=guidance_rescale, guidance_interval=interval, eta=eta)
         settings |= dict(generator=generator, window_batch_size=window_batch_size, bridging=bridging)
         settings |= dict(cuda_graph=cuda_graph, group=group)
         begin_smaller = functools.partial(sample, denoiser)
         try:
-            begun = coarse.begun(begin_smaller, latents, [*before, last], guidance_scale, callback, **settings)
+            runs = [*before, last]
+            state = replace(
+                state,
+                canvas=coarse.begun(begin_smaller, latents, runs, guidance_scale, callback, recorder, leg, **settings),
+            )
         except coarse.Interrupted as stop:
             return stop.latents
-        state = replace(state, canvas=begun)
     callback = coarse.counted_from(callback, sum(leg.steps for leg in before))
     if cuda_graph:
         advance = StepGraphs(advance, steps[done:], getattr(denoiser, "phase", None))
@@ -229,11 +234,12 @@ def sample(
                 state = replace(state, canvas=restored(step.context.step, state.canvas))
                 denoised = denoised if denoised is None else restored.denoised(step.context.step, denoised)
             if callback is not None:
-                told = {name: denoised for name in told}
                 call = call_back if group is None else group.call_back
                 canvas = state.canvas.clone() if cuda_graph else state.canvas
-                replaced, stopped = call(callback, step.context.step, t, canvas, **told)
+                replaced, stopped = call(callback, step.context.step, t, canvas, **dict.fromkeys(told, denoised))
                 state = state if replaced is None else replace(state, canvas=replaced)
+                del canvas, replaced
+            denoised = update.denoised = None
             recorder.keep(state, step.context.step + 1, last=stopped)
             if stopped:
                 break

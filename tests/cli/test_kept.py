@@ -117,6 +117,23 @@ def test_every_kind_of_run_goes_on(stopped, options, of):
     assert bytes_of("my lava.png") == bytes_of("whole.png") and not Path("my lava.checkpoint").exists()
 
 
+def test_a_coarse_start_that_is_stopped_on_its_smaller_canvas_goes_on(stopped, capsys):
+    """In the midst of it, and where the first step on the larger one is one too many; never more than is left."""
+    arguments = command("--size", "160x136", "--steps", "5", "--start", "coarse", "--scheduler", "euler-a")
+    main([*arguments, "-o", "whole.png"])
+    steps = int(capsys.readouterr().out.split(" steps, 2 of them on 19x16 cells")[0].split()[-1])
+    _, resume = stopped(1, raising(KeyboardInterrupt()), *arguments, "-o", "a.png")
+    saved = read("a.checkpoint")
+    assert (saved["done"], saved["steps"], saved["canvas"].shape) == (1, steps, (1, 4, 16, 19))
+    line, again = stopped(1, raising(NO_MEMORY[0]), *resume)
+    assert (
+        f"out of memory: CUDA out of memory. Tried to allocate 2 GiB; the run is kept after step 2 of {steps}" in line
+    )
+    assert read("a.checkpoint")["canvas"].shape == (1, 4, 16, 19) and again == resume
+    main(again)
+    assert bytes_of("a.png") == bytes_of("whole.png") and sorted(os.listdir()) == ["a.png", "whole.png"]
+
+
 def test_a_run_can_be_stopped_more_than_once_and_go_on_elsewhere(stopped):
     arguments = "--size", "160x128", "--steps", "4"
     main(command(*arguments, "-o", "whole.png"))

@@ -1,10 +1,13 @@
 """A call of a pipeline that was stopped goes on from its file to the same pictures."""
 
+import io
+
 import diffusers
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tqdm.auto import tqdm
 
 from instantas.pipelines.pipeline import InstantASPipeline
 from instantas.regions import Region
@@ -68,6 +71,32 @@ def test_a_stopped_call_goes_on_to_the_same_pictures(tmp_path, make, settings):
         found = painted(make(), path, **settings)
         assert torch.equal(found[0], whole[0]) and torch.equal(found[1], whole[1])
         assert read(path)["done"] == read(path)["steps"]
+
+
+@pytest.mark.parametrize("stop, canvas", [(1, (16, 16)), (3, (17, 17))])
+def test_a_coarse_start_goes_on_from_any_canvas_and_so_does_its_bar(tmp_path, stop, canvas):
+    """What was evaluated before is in the bar when the first window is."""
+    bars, settings = [], dict(start="coarse", width=136, regions=REGIONS)
+
+    def bar(total):
+        bars.append(tqdm(total=total, file=io.StringIO()))
+        return bars[-1]
+
+    def begun():
+        pipe = tiny_pipeline(scheduler=scheduler(kind=diffusers.EulerAncestralDiscreteScheduler))
+        pipe.progress_bar = bar
+        return pipe
+
+    path, whole = tmp_path / "run.checkpoint", painted(begun(), **settings)
+    with pytest.raises(StoppedError):
+        painted(begun(), path, stop, **settings)
+    saved = read(path)
+    assert (saved["done"], saved["canvas"].shape[2:]) == (stop, canvas)
+    found = painted(begun(), path, **settings)
+    assert torch.equal(found[0], whole[0]) and torch.equal(found[1], whole[1])
+    once, stopped, again = bars
+    assert [each.n for each in (once, again)] == [once.total] * 2
+    assert stopped.initial == once.initial == 0 < again.initial < stopped.n
 
 
 def test_what_a_callback_has_changed_is_kept(tmp_path):

@@ -20,19 +20,25 @@ from instantas.sampling.sampler import sample
 from instantas.windows import WindowPlan
 
 PLAN = WindowPlan.minimum_coverage(10, 20, 8)
+RUNS = (  # a scheduler and a start
+    (EulerAncestralDiscreteScheduler, None),
+    (DPMSolverMultistepScheduler, None),
+    (DPMSolverMultistepScheduler, "coarse"),
+)
 
 
 def denoiser(windows, timestep, context):
     return torch.tanh(windows), torch.sin(windows)
 
 
-def run(kind, checkpoint=None):
+def run(kind, start, checkpoint=None):
     generator = torch.Generator().manual_seed(1)
     return sample(
         denoiser,
         torch.randn(1, 4, 10, 20, generator=generator),
         PLAN,
         kind(),
+        start=start,
         num_inference_steps=5,
         guidance_scale=3.0,
         generator=generator,
@@ -41,7 +47,7 @@ def run(kind, checkpoint=None):
     )
 
 
-def live(kind, folder, calls, writing):
+def live(given, folder, calls, writing):
     """Run in a process that is killed at a call, or at one of those that write the file; whether it was.
 
     One that was not has left its result, and how many calls there were.
@@ -60,7 +66,7 @@ def live(kind, folder, calls, writing):
 
         try:
             sys.setprofile(count)
-            latents = run(kind, folder / "run.checkpoint")
+            latents = run(*given, folder / "run.checkpoint")
             sys.setprofile(None)
             torch.save((latents, calls - left), folder / "result")
         except BaseException as error:  # nothing of the parent may run here
@@ -83,16 +89,16 @@ def begin_anew(folder):
 def main(folder, kills):
     torch.set_num_threads(1)
     chosen, killed = random.Random(0), 0
-    for number, kind in enumerate((EulerAncestralDiscreteScheduler, DPMSolverMultistepScheduler), 1):
-        wanted, calls = run(kind), {}
+    for number, given in enumerate(RUNS, 1):
+        wanted, calls = run(*given), {}
         for writing in (False, True):
             begin_anew(folder)
-            assert not live(kind, folder, -1, writing)
+            assert not live(given, folder, -1, writing)
             calls[writing] = torch.load(folder / "result")[1]
-        while killed < number * kills / 2:
+        while killed < number * kills / len(RUNS):
             begin_anew(folder)
             for writing in itertools.cycle((False, True)):
-                if not live(kind, folder, chosen.randint(1, calls[writing]), writing):
+                if not live(given, folder, chosen.randint(1, calls[writing]), writing):
                     break
                 killed += 1
             assert torch.equal(torch.load(folder / "result")[0], wanted)

@@ -98,11 +98,11 @@ def changing(pipe, step, timestep, tensors):
     return {}
 
 
-def resumed(group, rank):
+def resumed(group, rank, **settings):
     """Stopped by a callback, and gone on from with another number of processes."""
-    path = Path(sys.argv[1], "run.checkpoint")
+    path, settings = Path(sys.argv[1], "run.checkpoint"), dict(scheduler="EulerAncestralDiscrete") | settings
     if group is None:
-        return sampled(None, 0, scheduler="EulerAncestralDiscrete")
+        return sampled(None, 0, **settings)
     alone = dist.new_group([0], use_local_synchronization=True) if rank == 0 else None
     if rank == 0:
         path.unlink(missing_ok=True)
@@ -111,10 +111,10 @@ def resumed(group, rank):
             if step == 0:
                 raise StopIteration
 
-        sampled(alone, 0, scheduler="EulerAncestralDiscrete", checkpoint=Checkpoint(path), callback=stop)
+        sampled(alone, 0, checkpoint=Checkpoint(path), callback=stop, **settings)
         dist.destroy_process_group(alone)
     elsewhere = path if rank == 0 else "/nowhere/run.checkpoint"  # rank 0 has the file
-    return sampled(group, rank, scheduler="EulerAncestralDiscrete", checkpoint=elsewhere)
+    return sampled(group, rank, checkpoint=elsewhere, **settings)
 
 
 PHOTO = Image.linear_gradient("L").convert("RGB")
@@ -149,6 +149,7 @@ CASES = {
     "a coarse start": functools.partial(sampled, start="coarse", num_inference_steps=5),
     "ended on a smaller canvas": functools.partial(sampled, start="coarse", num_inference_steps=5, callback=ending),
     "resumed": resumed,
+    "resumed on a smaller canvas": functools.partial(resumed, start="coarse", num_inference_steps=5),
     "regions, blended": functools.partial(painted, regions=REGIONS),
     "regions, joint": functools.partial(painted, regions=REGIONS, region_mode="joint"),
     "regions of MultiDiffusion": functools.partial(painted, regions=REGIONS, method="multidiffusion", stride=8),
