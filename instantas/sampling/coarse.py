@@ -80,9 +80,9 @@ STARTS: dict[str, CoarseStart | None] = {"none": None, "coarse": CoarseStart()}
 
 
 def start_of(name: str | CoarseStart | None, measured: float | None = None) -> CoarseStart | None:
-    """The start of a name, one of `STARTS`, or of an object; None is returned as it is.
+    """The start of a name, one of `STARTS`, or of an object, with a sigma; None is returned as it is.
 
-    measured: the model's own sigma, for a start that has none; None: it was not measured.
+    measured: the model's own sigma, for a start that has none; None: it was not measured, `SIGMA` is taken.
 
     Raises:
         ValueError: for an unknown name, and a measured sigma that is none.
@@ -93,9 +93,9 @@ def start_of(name: str | CoarseStart | None, measured: float | None = None) -> C
     start = STARTS[name] if isinstance(name, str) else name
     if start is not None and not isinstance(start, CoarseStart):
         raise TypeError(f"start: expected a name or a CoarseStart, got {type(start).__name__}")
-    if start is None or start.sigma is not None or measured is None:
+    if start is None or start.sigma is not None:
         return start
-    return replace(start, sigma=real("coarse_sigma", measured, 0, above=True))
+    return replace(start, sigma=SIGMA if measured is None else real("coarse_sigma", measured, 0, above=True))
 
 
 class Leg(NamedTuple):

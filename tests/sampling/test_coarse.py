@@ -360,7 +360,7 @@ def test_a_stopped_run_goes_on_to_the_same_picture(tmp_path):
 
 
 def test_the_models_own_level_is_taken_where_the_start_has_none():
-    assert coarse.start_of("coarse") == CoarseStart() and coarse.start_of("none", 0.7) is None
+    assert coarse.start_of("coarse") == CoarseStart(sigma=coarse.SIGMA) and coarse.start_of("none", 0.7) is None
     assert coarse.start_of("coarse", 0.7) == CoarseStart(sigma=0.7)
     assert coarse.start_of(CoarseStart(steps=0.2), 0.7) == CoarseStart(sigma=0.7, steps=0.2)
     assert coarse.start_of(CoarseStart(sigma=2.0), 0.7) == CoarseStart(sigma=2.0)
