@@ -292,11 +292,10 @@ def basis(length: int, wraps: bool) -> torch.Tensor:
     number = torch.arange(length, dtype=torch.float64)[:, None]
     if wraps:
         turns = 2 * math.pi * torch.ceil(number / 2) * place
-        rows = torch.where(number % 2 == 1, turns.cos(), turns.sin())
-        rows[-1] = turns[-1].sin() if length % 2 == 0 else rows[-1]  # cos is 0 at half a cycle a cell
+        # sines first: the last row of an even length has no cosine, and is the sine of a larger canvas too
+        rows = torch.where(number % 2 == 1, turns.sin(), turns.cos())
     else:
         rows = torch.cos(math.pi * number * place)
-    rows[0] = 1
     return rows / rows.norm(dim=1, keepdim=True)
 
 
