@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ from instantas.cli.kept import Kept
 from instantas.cli.pictures import check_record, write_picture
 from instantas.files import check_writable
 from instantas.sampling.parallel import Ranks
+
+PATIENCE = timedelta(weeks=1)  # of processes that wait for rank 0, which writes bands alone
 
 
 def check_apart(kept: Kept, size: tuple[int, int], read: Iterable[Path], preview: Path | None = None) -> None:
@@ -63,10 +67,12 @@ def finish(
         picture = pipe.decode(latents, height, width, wrap=wrap, group=ranks)[0]
         if leads:
             write(picture, output, text, force)
-    elif leads:
-        write_bands(pipe.bands(latents, height, width, wrap=wrap), output, width, height, text, force)
-        click.echo(f"{preview_path(output)}: preview")
-        _say(output, text)
+        return
+    with contextlib.nullcontext() if ranks is None else Ranks(ranks.group, timeout=PATIENCE).together():
+        if leads:
+            write_bands(pipe.bands(latents, height, width, wrap=wrap), output, width, height, text, force)
+            click.echo(f"{preview_path(output)}: preview")
+            _say(output, text)
 
 
 def write(picture: Any, output: Path, text: dict[str, str], force: bool) -> None:

@@ -256,7 +256,8 @@ def _paint(
     if model is None:
         check_words([prompt, *(region.prompt for region in regions)], negative)
     pipe = load(model, scheduler, dtype, device, loras, controls)
-    chosen = coarse.start_of(start, pipe.defaults.get("coarse_sigma") if coarse_sigma is None else coarse_sigma)
+    level = pipe.defaults.get("coarse_sigma") if coarse_sigma is None else coarse_sigma
+    chosen = coarse.start_of(start, level)
     (width, height), wrap, method = size, settings["wrap"], settings["method"]
     settings = settings | dict(
         num_inference_steps=pipe.defaults["num_inference_steps"] if steps is None else steps,
@@ -277,12 +278,13 @@ def _paint(
         drawn.preview(preview, pipe.plan(height, width, wrap=wrap, method=method))
         click.echo(f"{preview}: layout")
     painted = None if source is None else _painted(pipe, size, source, masked, extend)
-    click.echo(f"{_evaluations(pipe, size, settings, len(regions), painted)}, memory: {memory}")
+    evaluations = _evaluations(pipe, size, settings, len(regions), painted, measured=level is not None)
+    click.echo(f"{evaluations}, memory: {memory}")
     seed = random.SystemRandom().randrange(2**32) if seed is None else seed
     generator = torch.Generator("cpu").manual_seed(seed)
     noted = settings | {
         "start": start,
-        "coarse_sigma": None if chosen is None else chosen.sigma or coarse.SIGMA,
+        "coarse_sigma": None if chosen is None else chosen.sigma,
         "regions": notes,
         "image": str(image.resolve()) if image else None,
         "mask": str(mask.resolve()) if mask else None,
@@ -327,7 +329,7 @@ def _painted(pipe, size, source, masked, extend):
     return read_masks(pipe.pipe, given, own, (height, width), canvas, 1)[0, 0, :: pipe.cell, :: pipe.cell].cpu()
 
 
-def _evaluations(pipe, size, settings, regions, painted):
+def _evaluations(pipe, size, settings, regions, painted, measured):
     """Windows, and how often the network is evaluated on one: the progress bar tells the time that is left of them."""
     from instantas.pipelines.starts import first_timestep
 
@@ -341,6 +343,6 @@ def _evaluations(pipe, size, settings, regions, painted):
     count *= 1 + regions * (settings["method"] == "multidiffusion")
     smaller = "".join(f", {run.steps} of them on {run.plan.width}x{run.plan.height} cells" for run in runs[:-1])
     if smaller:
-        unmeasured = f"{coarse.SIGMA}, which `instantas calibrate` has not measured for this model"
-        smaller += f", then from sigma {start.sigma or unmeasured}"
+        smaller += f", then from sigma {start.sigma}"
+        smaller += "" if measured else ", which `instantas calibrate` has not measured for this model"
     return f"windows: {plan.count}, evaluations: {count} in {sum(run.steps for run in runs)} steps{smaller}"

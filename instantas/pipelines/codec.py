@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -19,6 +21,7 @@ from instantas.checks import flag, pair, positive
 from instantas.pipelines.tiles import Circle, in_bands, in_tiles, reach, spans
 from instantas.sampling.fingerprint import digests
 from instantas.sampling.parallel import shared
+from instantas.sampling.settings import check_generators
 
 TILE = 128  # cells: 1024 px, what SDXL's decoder is made for
 SAMPLE_MODES = "sample", "argmax"
@@ -41,8 +44,9 @@ def decode(
     In tiles, all layers of the latent's own resolution, the middle block with its attention among them, see the whole
     latent; the others run on one tile after the other, with the whole picture's statistics in their group norms. Only
     Stable Diffusion's autoencoders (AutoencoderKL, AsymmetricAutoencoderKL, with attention in the middle alone) and
-    AutoencoderTiny can be taken apart so: others are decoded whole. The autoencoder itself is not changed; one in
-    float16 that says it overflows (`force_upcast`) runs in float32.
+    AutoencoderTiny can be taken apart so: others are decoded whole. No gradients pass tiles. The autoencoder itself is
+    not changed; one in float16 that says it overflows (`force_upcast`) is in float32 while any thread decodes or
+    encodes with it.
 
     Args:
         vae: a diffusers autoencoder.
@@ -54,9 +58,11 @@ def decode(
             0's, and get the pictures that one process gets, bit for bit. What has no tiles is decoded by all.
 
     Raises:
-        TypeError, ValueError: for other `tiles`, and for tiles of an autoencoder that cannot be taken apart.
+        TypeError, ValueError: for other `tiles`, for tiles of an autoencoder that cannot be taken apart, and for a list
+            of generators that has not one for each picture.
         PeerError: where another process has failed or is gone.
     """
+    check_generators(len(latents), generator)
     _agreed(group, vae, generator, latents.device, latents=latents, wrap=wrap, tiles=tiles)
     generators = generator if isinstance(generator, list) else [generator] * len(latents)
     with _precise(vae):
@@ -123,6 +129,7 @@ def encode(
     """
     if sample_mode not in SAMPLE_MODES:
         raise ValueError(f"sample_mode: expected one of {', '.join(SAMPLE_MODES)}, got {sample_mode!r}")
+    check_generators(len(pictures), generator)
     _agreed(group, vae, generator, pictures.device, pictures=pictures, wrap=wrap, tiles=tiles)
     with _precise(vae):
         parts, over = _encoding(vae), _in_tiles(group)
@@ -206,12 +213,13 @@ def _evaluated(vae, given, plain, parts, wrap, tiles, evaluate):
     if sides is None:
         with circle:
             return plain(given)
-    with circle:
+    with circle, torch.no_grad():
         given = _through(parts.before, given)
     rows, columns = (spans(*axis, halo, wraps) for *axis, wraps in zip(cells, sides, wrap))
     norms = any(isinstance(module, nn.GroupNorm) for layer in modules for module in layer.modules())
-    tiled = evaluate(functools.partial(_through, parts.tiled), given, rows, columns, unit, norms)
-    with circle:
+    layers = torch.no_grad()(functools.partial(_through, parts.tiled))  # bands are evaluated later
+    tiled = evaluate(layers, given, rows, columns, unit, norms)
+    with circle, torch.no_grad():
         return _through(parts.after, tiled)
 
 
@@ -276,14 +284,26 @@ def _latent_moments(vae, latents):
     return tuple(torch.tensor(values).view(1, -1, 1, 1).to(latents) for values in (mean, spread))
 
 
+_widened: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # autoencoder: by how many it is used in float32
+_widening = threading.RLock()
+
+
 @contextlib.contextmanager
 def _precise(vae):
-    """The autoencoder in float32 while it is used, if float16 is too small for it."""
-    narrow = vae.dtype == torch.float16 and getattr(vae.config, "force_upcast", False)
-    if narrow:
-        vae.to(dtype=torch.float32)
+    """The autoencoder in float32 while anybody uses it, if float16 is too small for it."""
+    with _widening:
+        users = _widened.get(vae, 0)
+        narrow = vae.dtype == torch.float16 and getattr(vae.config, "force_upcast", False)
+        if narrow:
+            vae.to(dtype=torch.float32)
+        if narrow or users:
+            _widened[vae] = users + 1
     try:
         yield
     finally:
-        if narrow:
-            vae.to(dtype=torch.float16)
+        with _widening:
+            if narrow or users:
+                _widened[vae] -= 1
+                if not _widened[vae]:
+                    del _widened[vae]
+                    vae.to(dtype=torch.float16)

@@ -71,7 +71,8 @@ class HostedPipeline(InstantASPipeline):
             how = dict(bridging=bridging, window_batch_size=window_batch_size, wrap=wrap, group=group)
             stack.enter_context(windowed(pipe, self.window, **how))
             if group:
-                group.same(digests(dict(regions=regions, region_mode=region_mode, base_weight=base_weight)))
+                told = dict(regions=regions, region_mode=region_mode)
+                group.same(digests(told | dict(base_weight=base_weight, semantic_schedule=semantic_schedule)))
                 group.seeded(call.get("generator"), pipe._execution_device)
             if any(region_lists(regions or ())):
                 blend: dict[str, Any] = dict(base_weight=base_weight, semantic_schedule=semantic_schedule)

@@ -43,10 +43,12 @@ class Calibration:
     shares: tuple[tuple[float, float], ...]
 
     def sigma(self, share: float = SHARE) -> float:
-        """The lowest level from which on less than a share is made out, between two levels by their logarithm.
+        """The lowest level at which less than a share is made out, between two levels by their logarithm.
+
+        What is measured above it does not count: noise there may leave a share of anything.
 
         Raises:
-            ValueError: where that is so of every level, or of none.
+            ValueError: where that is so of the lowest level of all, or of none.
         """
         (least, largest), (most, smallest) = self.shares[0], self.shares[-1]
         if largest < share:

@@ -200,6 +200,9 @@ class Recorder:
         if others := differing(self.run, saved["run"]):
             names = ", another ".join(others)
             raise ValueError(f"checkpoint: expected one of this run, got {str(path)!r} of one with another {names}")
+        if saved["callback"] is not None and not hasattr(self.callback, "load_state_dict"):
+            got = type(self.callback).__name__
+            raise ValueError(f"callback: expected one with load_state_dict, as the run's has kept something, got {got}")
         if saved["leg"] < self.leg:
             return state, 0, saved["leg"]
         if self.scheduler is not None:
@@ -225,7 +228,8 @@ class Recorder:
             state=tensors,
             scheduler={} if self.scheduler is None else _kept(self.scheduler, self.begun_with),
             generators=[get_state(generator, self.device) for generator in self.generators],
-            callback=self.callback.state_dict() if hasattr(self.callback, "state_dict") else None,
+            # which may be what the callback goes on to change, and fails on the way
+            callback=_copied(self.callback.state_dict(), True) if hasattr(self.callback, "state_dict") else None,
         )
         if last or (self.checkpoint.every and done % self.checkpoint.every == 0):
             self._write()
@@ -307,13 +311,13 @@ def _is_plain(value):
     return isinstance(value, torch.Tensor) or type(value) in (bool, int, float, str, type(None))
 
 
-def _copied(value):
-    """With views copied, as all that they are a part of would be written."""
+def _copied(value, every=False):
+    """With views copied, as all that they are a part of would be written, or with every tensor copied."""
     if isinstance(value, dict):
-        return {name: _copied(each) for name, each in value.items()}
+        return {name: _copied(each, every) for name, each in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(map(_copied, value))
+        return type(value)(_copied(each, every) for each in value)
     if not isinstance(value, torch.Tensor):
         return value
     whole = value.untyped_storage().nbytes() == value.numel() * value.element_size()
-    return value.detach() if whole else value.detach().clone()
+    return value.detach().clone() if every or not whole else value.detach()

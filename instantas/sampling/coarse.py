@@ -82,9 +82,9 @@ STARTS: dict[str, CoarseStart | None] = {"none": None, "coarse": CoarseStart()}
 
 
 def start_of(name: str | CoarseStart | None, measured: float | None = None) -> CoarseStart | None:
-    """The start of a name, one of `STARTS`, or of an object; None is returned as it is.
+    """The start of a name, one of `STARTS`, or of an object, with a sigma; None is returned as it is.
 
-    measured: the model's own sigma, for a start that has none; None: it was not measured.
+    measured: the model's own sigma, for a start that has none; None: it was not measured, `SIGMA` is taken.
 
     Raises:
         ValueError: for an unknown name, and a measured sigma that is none.
@@ -95,9 +95,9 @@ def start_of(name: str | CoarseStart | None, measured: float | None = None) -> C
     start = STARTS[name] if isinstance(name, str) else name
     if start is not None and not isinstance(start, CoarseStart):
         raise TypeError(f"start: expected a name or a CoarseStart, got {type(start).__name__}")
-    if start is None or start.sigma is not None or measured is None:
+    if start is None or start.sigma is not None:
         return start
-    return replace(start, sigma=real("coarse_sigma", measured, 0, above=True))
+    return replace(start, sigma=SIGMA if measured is None else real("coarse_sigma", measured, 0, above=True))
 
 
 class Leg(NamedTuple):
@@ -302,11 +302,10 @@ def basis(length: int, wraps: bool) -> torch.Tensor:
     number = torch.arange(length, dtype=torch.float64)[:, None]
     if wraps:
         turns = 2 * math.pi * torch.ceil(number / 2) * place
-        rows = torch.where(number % 2 == 1, turns.cos(), turns.sin())
-        rows[-1] = turns[-1].sin() if length % 2 == 0 else rows[-1]  # cos is 0 at half a cycle a cell
+        # sines first: the last row of an even length has no cosine, and is the sine of a larger canvas too
+        rows = torch.where(number % 2 == 1, turns.sin(), turns.cos())
     else:
         rows = torch.cos(math.pi * number * place)
-    rows[0] = 1
     return rows / rows.norm(dim=1, keepdim=True)
 
 

@@ -35,6 +35,7 @@ WELL, FAILED, THROUGH = 0, 1, 2
 WORDS = 6  # that a process says at once: how it is, and five numbers
 DTYPES = torch.float64, torch.float32, torch.float16, torch.bfloat16  # of predictions
 HALF_AN_HOUR = timedelta(minutes=30)
+TOLD = "_instantas_told"  # attribute of an error: the `Ranks` that were told of it
 GRACE = 0.5  # seconds in which processes that miss another one say that they are there
 
 
@@ -67,8 +68,7 @@ class Ranks:
             raise ValueError("group: expected one that this process belongs to, got another")
         self._store = _store(self.group)
         self._started, self._gone = False, ""
-        self._told: BaseException | None = None
-        self._kept = ""  # digest of what the callback has changed
+        self._kept = ""  # digest of what the run's callback has changed
         self._running = self._line("running", timeout)
         self._starting = self._running if startup in (None, timeout) else self._line("starting", startup)
 
@@ -164,8 +164,9 @@ class Ranks:
         except PeerError:
             raise
         except BaseException as error:
-            if not (self._gone or any(each is self._told or isinstance(each, PeerError) for each in _causes(error))):
-                self._told = error
+            known = any(isinstance(each, PeerError) or getattr(each, TOLD, None) is self for each in _causes(error))
+            if not (self._gone or known):
+                setattr(error, TOLD, self)  # kept here, the error would hold all that its frames do
                 with contextlib.suppress(PeerError):
                     self._said(FAILED, message=f"{type(error).__name__}: {error}"[:500])
             raise
@@ -258,6 +259,10 @@ class Ranks:
         whole = [everyone[:, branch].flatten(0, 1)[:items] for branch in range(branches)]
         return [whole[0], whole[1] if branches > 1 else None]
 
+    def begin(self) -> None:
+        """Of a run, whose callback may be another than that of the one before."""
+        self._kept = ""
+
     def call_back(self, callback: Callable, step: int, timestep: Any, canvas: torch.Tensor, **more: Any) -> Any:
         """`call_back` in rank 0, and what it says in all; what it changes elsewhere is its `state_dict`."""
         stopped, replaced = False, None
@@ -271,7 +276,7 @@ class Ranks:
         said = self.exchange(stopped, changed, now != self._kept)[0]
         self._kept = now
         if said[1]:
-            replaced = self.broadcast(canvas if replaced is None else replaced.to(canvas))
+            replaced = self.broadcast(canvas if replaced is None else replaced)
         if said[2] and (state := unpacked(self._from_first(packed(state)), canvas.device)) is not None and self.rank:
             callback.load_state_dict(state)  # type: ignore[attr-defined]
         return replaced, bool(said[0])
@@ -304,11 +309,24 @@ class SharedEvaluator(Evaluator):
 
 
 def call_back(callback: Callable, step: int, timestep: Any, canvas: torch.Tensor, **more: Any) -> tuple[Any, bool]:
-    """(latents to go on with, None for the same; whether to stop): what a callback of `sampler.sample` says."""
+    """(latents to go on with, None for the same; whether to stop): what a callback of `sampler.sample` says.
+
+    Raises:
+        TypeError, ValueError: for what are no latents of the canvas.
+    """
+    stopped = False
     try:
-        return callback(step, timestep, canvas, **more), False
+        latents = callback(step, timestep, canvas, **more)
     except StopIteration as stop:
-        return stop.value, True
+        latents, stopped = stop.value, True
+    if latents is None:
+        return None, stopped
+    wanted = f"callback: expected latents {tuple(canvas.shape)} or None from it, got"
+    if not isinstance(latents, torch.Tensor):
+        raise TypeError(f"{wanted} {type(latents).__name__}")
+    if latents.shape != canvas.shape:
+        raise ValueError(f"{wanted} {tuple(latents.shape)}")
+    return latents.to(canvas), stopped
 
 
 def dealt(items: int, batch: int, rank: int, count: int) -> slice:

@@ -191,6 +191,7 @@ def sample(
     if group:
         ways = dict(window_batch_size=evaluate.batches.size, callback=callback is None, checkpoint=checkpoint is None)
         group.same(run | digests(ways))
+        group.begin()
         group.seeded(generator, latents.device)
         latents = group.broadcast(latents)
     if checkpoint:

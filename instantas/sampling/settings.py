@@ -146,6 +146,11 @@ def check_settings(pictures: int, guidance_rescale: Any, eta: Any, generator: An
     """Refuse what `sample` cannot be called with; raises TypeError, ValueError."""
     for name, value in (("guidance_rescale", guidance_rescale), ("eta", eta)):
         real(name, value, 0, 1)
+    check_generators(pictures, generator)
+
+
+def check_generators(pictures: int, generator: Any) -> None:
+    """Whether a generator is one, or a list with one for each picture; raises TypeError, ValueError."""
     generators = generator if isinstance(generator, list) else [generator]
     if wrong := [g for g in generators if not (g is None or isinstance(g, torch.Generator))]:
         raise TypeError(f"generator: expected a torch.Generator or a list of them, got {type(wrong[0]).__name__}")

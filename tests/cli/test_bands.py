@@ -1,9 +1,12 @@
 """Large TIFF files: written in bands, with a preview, whole or not at all."""
 
+import contextlib
 import os
 import sys
+from datetime import timedelta
 from functools import partialmethod
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +14,7 @@ import tifffile
 from PIL import Image
 
 from instantas import InstantASPipeline
-from instantas.cli import bands, main
+from instantas.cli import bands, finish, main
 from instantas.cli.bands import Preview, write_bands
 from instantas.cli.cost import Memory
 from instantas.cli.pictures import read_picture, read_record
@@ -120,3 +123,24 @@ def test_a_picture_in_bands_needs_less_memory():
     pipe = InstantASPipeline.from_pretrained(str(Path(bands.__file__).parents[1] / "demo" / "model"))
     whole, banded = (Memory.of(pipe, 2**20, 2**10, (False, False), "instantas", each) for each in (False, True))
     assert banded.picture * 1024 == whole.picture and banded.canvas == whole.canvas
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_other_processes_wait_for_rank_0_however_long_it_writes(monkeypatch, rank):
+    """The group's own timeout is of a process that hangs in a step: half an hour, in which no large file is written."""
+    waited = []
+
+    class Waiting:
+        def __init__(self, group, timeout):
+            waited.append((group, timeout >= timedelta(days=1)))
+
+        @contextlib.contextmanager
+        def together(self):
+            yield
+            waited.append(Path("a.tif").exists())
+
+    monkeypatch.setattr(finish, "Ranks", Waiting)
+    pipe = SimpleNamespace(needs_whole_pictures=False, bands=lambda *size, wrap: cut(picture(136, 96), 100))
+    text = TEXT | dict(size="96x136", settings='{"wrap": [false, false]}')
+    finish.finish(pipe, None, Path("a.tif"), text, False, SimpleNamespace(rank=rank, group="all"))
+    assert waited == [("all", True), rank == 0]

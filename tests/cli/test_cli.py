@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from torch.distributed.run import parse_args
 
 from instantas import __version__, demo
-from instantas.cli import main
+from instantas.cli import app, main
 from instantas.pipelines.pipeline import InstantASPipeline
 
 ROOT = Path(__file__).parents[2]
@@ -360,3 +361,17 @@ def test_an_existing_preview_is_kept(refused):
     options = (*SIZE, "--device", "cpu", "--preview", "layout.png")
     assert "layout.png" in refused("generate", "snow", *options)
     assert Path("layout.png").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["generate", "upscale"])
+def test_torchrun_leaves_options_to_the_command(name):
+    """All but --start, which it takes for the beginning of its own --start-method; behind -- that one too."""
+    refused = set()
+    for option in (opt for parameter in app.commands[name].params for opt in parameter.opts if opt.startswith("-")):
+        words = [name, "lava", option, "1"]
+        assert parse_args(["--nproc_per_node", "2", "-m", "--", "instantas", *words]).training_script_args == words
+        try:
+            assert parse_args(["--nproc_per_node", "2", "-m", "instantas", *words]).training_script_args == words
+        except SystemExit:
+            refused.add(option)
+    assert refused <= {"--start"}

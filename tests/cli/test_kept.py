@@ -134,6 +134,16 @@ def test_a_coarse_start_that_is_stopped_on_its_smaller_canvas_goes_on(stopped, c
     assert bytes_of("a.png") == bytes_of("whole.png") and sorted(os.listdir()) == ["a.png", "whole.png"]
 
 
+@pytest.mark.parametrize("level", [(), ("--coarse-sigma", "1.2")])
+def test_a_coarse_start_goes_on_also_from_a_level_that_was_not_measured(stopped, level):
+    arguments = "--size", "144x136", "--steps", "4", "--start", "coarse", *level
+    main(command(*arguments, "-o", "whole.png"))
+    line, resume = stopped(2, raising(KeyboardInterrupt()), *command(*arguments, "-o", "a.png"))
+    assert "the run is kept after step 3 of 5" in line
+    main(resume)
+    assert bytes_of("a.png") == bytes_of("whole.png")
+
+
 def test_a_run_can_be_stopped_more_than_once_and_go_on_elsewhere(stopped):
     arguments = "--size", "160x128", "--steps", "4"
     main(command(*arguments, "-o", "whole.png"))

@@ -1,5 +1,7 @@
 """Pictures in tiles against pictures at once, both ways."""
 
+import threading
+
 import diffusers
 import pytest
 import torch
@@ -188,6 +190,46 @@ def test_what_overflows_in_half_precision_runs_in_single():
     assert seen == [torch.float32] * 2 and vae.dtype == torch.float16
 
 
+@torch.no_grad()
+def test_threads_that_share_an_autoencoder_have_it_in_single_until_the_last_is_done():
+    """One begins while another decodes, which ends first; bands that nobody takes to their end count until they go."""
+    vae, given = autoencoder().half(), latents(8, 8).half()
+    wanted, found = decode(vae, given), {}
+    inside, go_on = ({name: threading.Event() for name in "ab"} for _ in range(2))
+
+    def wait(module, args):
+        name = threading.current_thread().name
+        inside[name].set()
+        go_on[name].wait(60)
+
+    hook = vae.decoder.conv_in.register_forward_pre_hook(wait)
+    threads = [threading.Thread(target=lambda n=n: found.update({n: decode(vae, given)}), name=n) for n in "ab"]
+    for thread in threads:
+        thread.start()
+        inside[thread.name].wait(60)
+    for thread in threads:
+        go_on[thread.name].set()
+        thread.join()
+    hook.remove()
+    assert torch.equal(found["a"], wanted) and torch.equal(found["b"], wanted) and vae.dtype == torch.float16
+    some = codec.bands(vae, given, tiles=4)
+    next(some)
+    assert torch.equal(decode(vae, given), wanted) and vae.dtype == torch.float32
+    some.close()
+    assert vae.dtype == torch.float16
+
+
+def test_tiles_need_no_gradients_to_be_switched_off():
+    vae = of_layers()
+    with torch.no_grad():
+        wanted = decode(vae, latents(16, 20), tiles=8)
+        back = encode(vae, wanted, tiles=8, sample_mode="argmax")
+    assert torch.equal(decode(vae, latents(16, 20), tiles=8), wanted)
+    assert torch.equal(torch.cat([*codec.bands(vae, latents(16, 20), tiles=8)], dim=1), wanted[0])
+    assert torch.equal(encode(vae, wanted, tiles=8, sample_mode="argmax"), back)
+    assert decode(vae, latents(8, 8).requires_grad_()).requires_grad  # at once they pass
+
+
 def test_latents_with_a_mean_and_a_spread():
     vae, given = autoencoder(), latents(8, 8)
     vae.register_to_config(latents_mean=[0.1, 0.2, 0.3, 0.4], latents_std=[1.0, 2.0, 3.0, 4.0])
@@ -293,6 +335,16 @@ def test_other_pictures_and_ways_to_draw_are_refused():
         encode(of_layers(), torch.zeros(1, 3, 64, 60))
     with pytest.raises(ValueError, match="sample_mode: expected one of sample, argmax, got 'mean'"):
         encode(of_layers(), torch.zeros(1, 3, 64, 64), sample_mode="mean")
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_a_list_has_a_generator_for_each_picture(number):
+    some = [torch.Generator()] * number
+    message = f"^generator: expected one for each of 2 pictures, got {number}$"
+    with pytest.raises(ValueError, match=message):
+        decode(of_layers(), torch.zeros(2, 4, 8, 8), generator=some)
+    with pytest.raises(ValueError, match=message):
+        encode(of_layers(), torch.zeros(2, 3, 64, 64), generator=some)
 
 
 def test_how_far_layers_reach():

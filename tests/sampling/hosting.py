@@ -53,14 +53,17 @@ def blocked(group, rank, kind="text to image", regions=(), batch=2, bridging="sh
         return [pipe(**call).images, torch.get_rng_state()]
 
 
-def held(group, rank, kind="InstructPix2Pix"):
+def held(group, rank, kind="InstructPix2Pix", **settings):
     """One of the pipelines that `InstantASPipeline` has no loop for; generators are rank 0's."""
     make, arguments = KINDS[kind]
     generator = torch.Generator().manual_seed(3 + 100 * rank)
     pipe = InstantASPipeline.from_pipe(make())
     assert isinstance(pipe, HostedPipeline)
     call = dict(num_inference_steps=3, output_type="pt", prompt="red stone", generator=generator, group=group)
-    return [pipe(**call | arguments(CANVAS), regions=REGIONS, window_batch_size=2).images, generator.get_state()]
+    return [
+        pipe(**call | arguments(CANVAS), regions=REGIONS, window_batch_size=2, **settings).images,
+        generator.get_state(),
+    ]
 
 
 class Denser:
@@ -130,5 +133,8 @@ HOST_FAILURES = {  # what rank 1 does otherwise than the others
     "windowed: callback": lambda group, rank: blocked(group, rank, callback_on_step_end=fail if rank == 1 else None),
     "windowed: other prompt": lambda group, rank: blocked(group, rank, prompt="wood" if rank == 1 else "wall"),
     "windowed: other seed": lambda group, rank: blocked(group, rank, generator=SEEDS[rank == 1]),
+    "held: other schedule": lambda group, rank: held(
+        group, rank, semantic_schedule="linear" if rank == 1 else "constant"
+    ),
     "windowed: divided weights": divided,
 }

@@ -7,6 +7,7 @@ them. Every process seeds its latents and generators otherwise, as rank 0's coun
 import contextlib
 import faulthandler
 import functools
+import gc
 import json
 import os
 import signal
@@ -14,6 +15,7 @@ import socket
 import sys
 import time
 import traceback
+import weakref
 from datetime import timedelta
 from pathlib import Path
 
@@ -71,6 +73,12 @@ def painted(group, rank, make=tiny.tiny_pipeline, **settings):
     asked = dict(height=136, width=200, num_inference_steps=2, guidance_scale=3.0, output_type="pt")
     asked |= dict(window_batch_size=2, generator=generator, group=group)
     return [pipe("a red wall", **(asked | settings)).images, generator.get_state()]
+
+
+def again(group, rank, **settings):
+    """The second of two like runs."""
+    painted(group, rank, **settings)
+    return painted(group, rank, **settings)
 
 
 def of(pipeline, **components):
@@ -174,6 +182,9 @@ CASES = {
         callback_on_step_end=changing,
         callback_on_step_end_tensor_inputs=["latents", "prompt_embeds"],
     ),
+    "the same callback in a second run": functools.partial(
+        again, callback_on_step_end=changing, callback_on_step_end_tensor_inputs=["latents", "prompt_embeds"]
+    ),
 }
 CASES |= HOSTS | CODED
 
@@ -224,6 +235,7 @@ FAILURES = {  # what rank 1 does otherwise than the others, or all do: arguments
     "out of memory": lambda rank: dict(denoiser=Failing(only(rank, 1, throw(NO_MEMORY))), window_batch_size=1),
     "Ctrl-C": lambda rank: dict(denoiser=Failing(only(rank, 1, throw(KeyboardInterrupt())))),
     "callback": lambda rank: dict(denoiser=plain, callback=lambda *_: throw(ZeroDivisionError("in it"))(0)),
+    "callback's latents": lambda rank: dict(denoiser=plain, callback=lambda step, t, x: torch.cat([x, x])),
     "two at once": lambda rank: dict(
         denoiser=Failing(only(rank > 0, True, throw(KeyError(f"of {rank}")))), window_batch_size=1
     ),
@@ -253,6 +265,19 @@ def halved(group, rank):
 
             stack.enter_context(pytest.warns(UserWarning, match="out of memory with 2 windows at once"))
         return sampled(group, rank, denoiser=Failing(only(rank, 1, act)))
+
+
+def let_go(group, rank):
+    """Whether the windows with which one process fails are held no longer, once its error is gone."""
+    seen = []
+
+    def act(windows):
+        seen.append(weakref.ref(windows))
+        raise KeyError("mine")
+
+    said(lambda: sampled(group, rank, denoiser=Failing(only(rank, 1, act))))
+    gc.collect()
+    return len(seen) == (rank == 1) and not any(held() is not None for held in seen)
 
 
 def said(function):
@@ -290,6 +315,7 @@ def share(rank, folder):
         wrong = dict(height=-8) if rank == 1 else {}
         results["other call"] = said(lambda: painted(groups[3], rank, **wrong) and "nothing")
         results["halved"] = equal(halved(groups[3], rank), sampled(None, 0, denoiser=plain))
+        results["let go"] = let_go(groups[3], rank)
         results["afterwards"] = equal(sampled(groups[3], rank, window_batch_size=1), wanted["batches of 1"])
     dist.all_gather_object(everyone, results)
     if rank == 0:

@@ -190,6 +190,43 @@ def test_what_a_callback_keeps_is_kept(path):
     assert same(run(path, callback=Counting()), whole)
 
 
+class Adding:
+    """Changes what it keeps in place, and gives it away as it is."""
+
+    def __init__(self, end=None):
+        self.kept, self.end = {"sum": torch.zeros(()), "steps": [[]]}, end
+
+    def __call__(self, step, timestep, latents):
+        self.kept["sum"].add_(latents.mean())
+        self.kept["steps"][0].append(step)
+        if step == self.end:
+            raise StoppedError
+        return latents + self.kept["sum"]
+
+    def state_dict(self):
+        return self.kept
+
+    def load_state_dict(self, state):
+        self.kept = state
+
+
+@pytest.mark.parametrize("every", [None, 1])
+def test_a_callback_that_fails_halfway_has_kept_nothing_of_that_step(path, every):
+    whole, callback = run(callback=Adding()), Adding()
+    with pytest.raises(StoppedError):
+        run(path, callback=Adding(end=3), every=every)
+    assert read(path)["done"] == 3
+    assert same(run(path, callback=callback), whole) and callback.kept["steps"] == [[0, 1, 2, 3, 4]]
+
+
+def test_a_callback_that_has_kept_something_is_needed_to_go_on(path):
+    with pytest.raises(StoppedError):
+        run(path, 3, callback=Adding())
+    for other, got in ((None, "NoneType"), (lambda step, timestep, latents: None, "function")):
+        with pytest.raises(ValueError, match=f"callback: expected one with load_state_dict, .* got {got}"):
+            run(path, callback=other)
+
+
 def test_a_file_says_what_it_is_of(path):
     run(checkpoint=Checkpoint(path, None, {"prompt": "lava"}))
     saved = read(path)

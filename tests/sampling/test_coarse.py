@@ -52,6 +52,17 @@ def test_a_circle_has_no_beginning():
         assert torch.allclose(rolled, carry(x, (12, 12), wrap).roll(6, -1), atol=1e-5) is same
 
 
+@pytest.mark.parametrize("wraps", [False, True])
+@pytest.mark.parametrize("length, cycles", [(8, 0), (8, 1), (8, 3.5), (8, 4), (7, 3)])
+def test_a_wave_stays_where_it_is(length, cycles, wraps):
+    """Enlarged, every cell of a canvas becomes two with a mean of its sign: the finest wave that it has too."""
+    place = (torch.arange(length) + 0.5) / length
+    wave = torch.sin(2 * torch.pi * cycles * place) if cycles else torch.ones(length)
+    larger = carry(wave.expand(1, 1, 1, length), (1, 2 * length), (False, wraps)).flatten()
+    pairs, clear = larger.unflatten(0, (length, 2)).mean(1), wave.abs() > 0.3
+    assert torch.equal(pairs.sign()[clear], wave.sign()[clear])
+
+
 @pytest.mark.parametrize("wrap", CIRCLES)
 def test_white_noise_carried_down_and_up_is_white(wrap):
     """Down: orthonormal rows of the larger canvas. Up: the same energy, all of it in the corner of low frequencies."""
@@ -456,7 +467,7 @@ def test_a_start_that_says_the_same_in_other_words_goes_on(tmp_path):
 
 
 def test_the_models_own_level_is_taken_where_the_start_has_none():
-    assert coarse.start_of("coarse") == CoarseStart() and coarse.start_of("none", 0.7) is None
+    assert coarse.start_of("coarse") == CoarseStart(sigma=coarse.SIGMA) and coarse.start_of("none", 0.7) is None
     assert coarse.start_of("coarse", 0.7) == CoarseStart(sigma=0.7)
     assert coarse.start_of(CoarseStart(steps=0.2), 0.7) == CoarseStart(sigma=0.7, steps=0.2)
     assert coarse.start_of(CoarseStart(sigma=2.0), 0.7) == CoarseStart(sigma=2.0)

@@ -52,6 +52,7 @@ EVERYWHERE = {
     "loop: fewer steps": "PeerError: rank 1 of 3 is through, while others go on",
     "windowed: other prompt": f"ValueError: encoder_hidden_states{SAME}",
     "windowed: other seed": f"ValueError: x{SAME}",
+    "held: other schedule": f"ValueError: semantic_schedule{SAME}",
     "windowed: divided weights": "ValueError: unet: expected whole weights in each process of a group, got divided",
     "tiles: other latents": f"ValueError: latents{SAME}",
     "tiles: other sides": f"ValueError: tiles{SAME}",
@@ -75,7 +76,7 @@ def test_every_process_has_the_latents_of_one_bit_for_bit(ran):
     everyone = ran[0]
     counts = tuple(f" at {n}" for n in (2, 3, 4))
     cases = [{name: found for name, found in each.items() if name.endswith(counts)} for each in everyone]
-    assert [len(each) for each in cases] == sorted(map(len, cases), reverse=True) and len(cases[0]) == 49
+    assert [len(each) for each in cases] == sorted(map(len, cases), reverse=True) and len(cases[0]) == 50
     for rank, each in enumerate(cases):
         assert {name: found for name, found in each.items() if found is not True} == {}, rank
     for count in counts:
@@ -98,6 +99,9 @@ def test_what_all_can_see_is_said_by_all(ran, name):
 def test_an_error_of_rank_0s_callback_and_two_errors_at_once(ran):
     said = [each["callback"] for each in ran[0][:3]]
     assert said == ["ZeroDivisionError: in it", *["PeerError: rank 0 of 3: ZeroDivisionError: in it"] * 2]
+    said = [each["callback's latents"] for each in ran[0][:3]]
+    why = "ValueError: callback: expected latents (1, 4, 20, 40) or None from it, got (2, 4, 20, 40)"
+    assert said == [why, *[f"PeerError: rank 0 of 3: {why}"] * 2]
     said = [each["two at once"] for each in ran[0][:3]]
     assert said == ["PeerError: rank 1 of 3: KeyError: 'of 1'; rank 2 of 3: KeyError: 'of 2'", "KeyError: 'of 1'",
                     "KeyError: 'of 2'"]  # fmt: skip
@@ -105,7 +109,7 @@ def test_an_error_of_rank_0s_callback_and_two_errors_at_once(ran):
 
 def test_memory_that_runs_out_in_one_changes_nobodys_windows_and_a_group_serves_again(ran):
     for each in ran[0][:3]:
-        assert each["halved"] is True and each["afterwards"] is True
+        assert each["halved"] is True and each["let go"] is True and each["afterwards"] is True
 
 
 @pytest.mark.parametrize("name", ["SIGKILL", "SIGSTOP"])

@@ -268,6 +268,20 @@ def test_callbacks_see_replace_and_stop(name):
     assert torch.equal(stopped, seen[2][2])
 
 
+def test_a_callback_gives_latents_of_the_canvas_in_any_dtype():
+    run = dict(num_inference_steps=3, guidance_scale=SCALE)
+    wanted = sample(pointwise, noise(WIDE), WIDE, of("DDIM"), callback=lambda i, t, x: x + 1, **run)
+    given = sample(pointwise, noise(WIDE), WIDE, of("DDIM"), callback=lambda i, t, x: x.double() + 1, **run)
+    assert given.dtype == torch.float32 and difference(given, wanted) < 1e-6
+    for error, wrong, got in (
+        (TypeError, lambda x: {"latents": x}, "dict"),
+        (ValueError, lambda x: torch.cat([x, x]), r"\(2, 4, "),
+        (ValueError, lambda x: x.mT, r"\(1, 4, "),
+    ):
+        with pytest.raises(error, match=rf"^callback: expected latents \(1, 4, .*\) or None from it, got {got}"):
+            sample(pointwise, noise(WIDE), WIDE, of("DDIM"), callback=lambda i, t, x, wrong=wrong: wrong(x), **run)
+
+
 def test_a_generator_for_each_picture():
     run = dict(num_inference_steps=4, guidance_scale=SCALE)
     latents = noise(WIDE, 2)
