@@ -76,7 +76,7 @@ def test_every_process_has_the_latents_of_one_bit_for_bit(ran):
     everyone = ran[0]
     counts = tuple(f" at {n}" for n in (2, 3, 4))
     cases = [{name: found for name, found in each.items() if name.endswith(counts)} for each in everyone]
-    assert [len(each) for each in cases] == sorted(map(len, cases), reverse=True) and len(cases[0]) == 50
+    assert [len(each) for each in cases] == sorted(map(len, cases), reverse=True) and len(cases[0]) == 51
     for rank, each in enumerate(cases):
         assert {name: found for name, found in each.items() if found is not True} == {}, rank
     for count in counts:
