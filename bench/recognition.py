@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from instantas import demo
-from instantas.cli import SCHEDULERS
+from instantas.cli.options import SCHEDULERS
 from instantas.demo.judge import Judge, reconstruct, render_crops
 from instantas.pipelines.pipeline import InstantASPipeline
 

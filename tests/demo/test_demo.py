@@ -66,8 +66,8 @@ def test_a_folder_without_its_files_says_so(monkeypatch, tmp_path):
 def test_every_caption_word_is_one_token(tmp_path):
     made = tokenizer.make_tokenizer(tmp_path)
     embedded = type(made).from_pretrained(demo.folder() / "tokenizer")
-    for each, spelled in ((made, set()), (embedded, {"next", "to", "beside"})):
-        assert {word for word in captions.words() if len(each(word).input_ids) != 3} == spelled
+    for each in (made, embedded):
+        assert {word for word in captions.words() if len(each(word).input_ids) != 3} == set()
         assert each.decode(each("a photo of lava", add_special_tokens=False).input_ids).strip() == "a photo of lava"
         other = each("xylophone é 猫", add_special_tokens=False).input_ids  # in bytes, none of them unknown
         assert len(other) > 5 and each.unk_token_id not in other
