@@ -149,7 +149,8 @@ def test_a_wheel_without_libraries_serves_every_platform(wheel):
     assert {f"instantas/kernels/{p.name}" for p in (ROOT / "kernels").glob("*.py")} <= files
     model = ROOT / "instantas" / "demo" / "model"
     assert {str(p.relative_to(ROOT)) for p in model.rglob("*") if p.is_file()} <= files
-    assert "instantas/demo/README.md" in files and any(name.endswith("LICENSE") for name in files)
+    assert {"instantas/demo/README.md", "instantas/demo/detector.safetensors"} <= files
+    assert any(name.endswith("LICENSE") for name in files)
     assert not any(name.startswith(("tests", "bench", "kernels/", "csrc")) or name.endswith(".so") for name in files)
     assert wheel.stat().st_size < 12e6
 

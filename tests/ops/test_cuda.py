@@ -3,36 +3,53 @@
 What they compute is tested beside the other backends, in `test_operations.py` and `test_examples.py`.
 """
 
-import shutil
+import json
 import subprocess
-from pathlib import Path
+import sys
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import instantas
 from instantas import ops
+from instantas.ops import stamp
 from instantas.testing import emulated, oracle
 from instantas.testing.oracle import attention_inputs, normal, positive, region_weights
 from instantas.windows import WindowPlan
 
-SOURCES = sorted(path.name for path in (oracle.ROOT / "csrc").glob("*.cu"))
+PROGRAM = """
+import json
+from bench import resources
+print(json.dumps([row._asdict() for row in resources.cuda_usage()]))
+"""
+KERNELS = {"gather", "scatter", "step", "attention", "attention_fma", "grad_query", "grad_key_value", "sum_splits"}
 PLAN = WindowPlan.minimum_coverage(23, 37, (10, 16), wrap=(False, True), shift=(0, 5))
 
 
-@pytest.mark.skipif(not shutil.which("nvcc"), reason="there is no nvcc")
-@pytest.mark.parametrize("source", SOURCES)
-def test_compiles_without_spills(source, tmp_path):
-    folder = Path(torch.__file__).parent / "include"
-    targets = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in ("80", "90a")]
-    flags = ["-std=c++17", "-O3", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-DUSE_CUDA", "-isystem", str(folder)]
-    command = ["nvcc", *flags, *targets, "-Xptxas=-v", "-c", oracle.ROOT / "csrc" / source, "-o", tmp_path / "object.o"]
-    done = subprocess.run(command, capture_output=True, text=True)
+@pytest.fixture(scope="module")
+def built():
+    """What the kernels of the library that was built from these sources use."""
+    library = stamp.PACKAGE / "libinstantas_cuda.so"
+    pytest.importorskip("triton", reason="its cuobjdump reads the library")
+    if reason := stamp.unfit(library, instantas.__version__, torch.__version__):
+        pytest.skip(reason)
+    done = subprocess.run([sys.executable, "-c", PROGRAM], cwd=oracle.ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    frames = [line.strip() for line in done.stderr.splitlines() if "bytes stack frame" in line]
-    assert all(f == "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" for f in frames), frames
-    assert len(frames) % 2 == 0 and (frames or source == "library.cu")
+    return json.loads(done.stdout)
+
+
+def test_no_kernel_spills(built):
+    assert {row["kernel"] for row in built} == KERNELS
+    for row in built:
+        assert row["spilled"] == 0 and 0 < row["registers"] <= 255, row
+
+
+def test_every_kernel_is_there_for_every_architecture(built):
+    kernels = {(row["kernel"], row["case"]) for row in built}
+    architectures = {row["architecture"] for row in built}
+    assert architectures and len(built) == len(kernels) * len(architectures)
 
 
 def calls():
