@@ -9,19 +9,15 @@ The same seeds for every method; a picture that is in the folder is not painted 
 
 from __future__ import annotations
 
-import argparse
-import os
 import sys
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 
 from bench.quality import gradient_energy, load_picture
-from bench.structure_pictures import METHODS, OCTAVES, bracket, cost, file_of, octaves, paint, seams
+from bench.structure_pictures import OCTAVES, arguments_of, bracket, cost, file_of, octaves, paint_all, seams, sheet
 from instantas.demo.detector import Detector
-from instantas.files import whole_file
 
 PROMPTS = {
     "lighthouse by the sea": "lighthouse",
@@ -95,39 +91,17 @@ def table(out: Path, sizes: dict[int, list[str]], seeds: int, detector: Detector
     return lines
 
 
-def sheet(out: Path, path: Path, size: int, names: list[str], height: int = 160) -> None:
-    """A row for each method, a column for each prompt, all of the first seed."""
-    rows = []
-    for name in names:
-        files = [file_of(out, name, size if name != "native" else 1, prompt, 0) for prompt in PROMPTS]
-        shown = [Image.open(file).convert("RGB").resize((height, height), Image.Resampling.LANCZOS) for file in files]
-        rows.append(np.concatenate([np.pad(x, ((0, 3), (0, 3), (0, 0)), constant_values=255) for x in shown], axis=1))
-    with whole_file(path, overwrite=True) as part:
-        Image.fromarray(np.concatenate(rows)).save(part, format="JPEG", quality=85)
-
-
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--only", nargs="+", choices=METHODS, help="methods to paint; by default all")
-    parser.add_argument("--size", type=int, nargs="+", choices=SIZES, default=list(SIZES), help="windows a side")
-    parser.add_argument("--seeds", type=int, default=13, help="of every prompt")
-    parser.add_argument("--table", type=Path)
-    parser.add_argument("--sheet", type=Path)
-    options = parser.parse_args(arguments)
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
-    for prompt in PROMPTS:
-        paint(options.out, "native", 1, prompt, range(options.seeds))
-    for size in options.size:
-        for name in SIZES[size]:
-            for prompt in PROMPTS if options.only is None or name in options.only else ():
-                paint(options.out, name, size, prompt, range(options.seeds))
+    options = arguments_of(__doc__.split("\n")[0], SIZES, 13, "of every prompt").parse_args(arguments)
+    paint_all(options, PROMPTS, SIZES, lambda size: options.seeds)
     lines = table(options.out, {size: SIZES[size] for size in options.size}, options.seeds, Detector.load())
     print(*lines, sep="\n")
     if options.table:
         options.table.write_text("\n".join(lines) + "\n")
     if options.sheet:
-        sheet(options.out, options.sheet, max(options.size), ["native", "none", "shift", "coarse"])
+        named = [(1, "native"), *((max(options.size), name) for name in ("none", "shift", "coarse"))]
+        rows = [[file_of(options.out, name, size, prompt, 0) for prompt in PROMPTS] for size, name in named]
+        sheet(rows, options.sheet, height=160, quality=85)
     return 0
 
 

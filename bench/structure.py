@@ -9,22 +9,28 @@ folder is not painted again. Needs `instantas[train]`.
 
 from __future__ import annotations
 
-import argparse
 import functools
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from PIL import Image
 from scipy import ndimage
 
 from bench.bridging_pictures import SCENES
 from bench.quality import gradient_energy, load_picture
-from bench.structure_pictures import METHODS, OCTAVES, bracket, cost, file_of, octaves, paint, seams
-from instantas.files import whole_file
+from bench.structure_pictures import (
+    OCTAVES,
+    arguments_of,
+    bracket,
+    cost,
+    file_of,
+    octaves,
+    paint,
+    paint_all,
+    seams,
+    sheet,
+)
 
 PROMPTS = SCENES[:6]
 SEEDS = {1: 5, 2: 5, 3: 2}  # of every prompt, by the windows a side
@@ -115,44 +121,18 @@ def table(out: Path, sizes: dict[int, list[str]]) -> list[str]:
     return lines
 
 
-def sheet(out: Path, path: Path, names=("none", "shift", "coarse"), height: int = 192) -> None:
-    """A row for each method and size, a column for each prompt."""
-    rows = []
-    for size in (2, 3):
-        for name in names:
-            files = [file_of(out, name, size, prompt, 0) for prompt in PROMPTS]
-            shown = [
-                Image.open(file).convert("RGB").resize((height, height), Image.Resampling.LANCZOS) for file in files
-            ]
-            rows.append(
-                np.concatenate([np.pad(x, ((0, 3), (0, 3), (0, 0)), constant_values=255) for x in shown], axis=1)
-            )
-    with whole_file(path, overwrite=True) as part:
-        Image.fromarray(np.concatenate(rows)).save(part, format="JPEG", quality=80)
-
-
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--only", nargs="+", choices=METHODS, help="methods to paint; by default all")
-    parser.add_argument("--size", type=int, nargs="+", choices=SIZES, default=list(SIZES), help="windows a side")
-    parser.add_argument("--seeds", type=int, help="of every prompt; fewer than the table needs are left out of it")
-    parser.add_argument("--table", type=Path)
-    parser.add_argument("--sheet", type=Path)
-    options = parser.parse_args(arguments)
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
-    for prompt in PROMPTS:
-        paint(options.out, "native", 1, prompt, range(SEEDS[1]))
-    for size in options.size:
-        for name in SIZES[size]:
-            for prompt in PROMPTS if options.only is None or name in options.only else ():
-                paint(options.out, name, size, prompt, range(options.seeds or SEEDS[size]))
+    about = "of every prompt; fewer than the table needs are left out of it"
+    options = arguments_of(__doc__.split("\n")[0], SIZES, None, about).parse_args(arguments)
+    paint_all(options, PROMPTS, SIZES, lambda size: SEEDS[1] if size == 1 else options.seeds or SEEDS[size])
     lines = table(options.out, {size: SIZES[size] for size in options.size})
     print(*lines, sep="\n")
     if options.table:
         options.table.write_text("\n".join(lines) + "\n")
     if options.sheet:
-        sheet(options.out, options.sheet)
+        named = [(size, name) for size in (2, 3) for name in ("none", "shift", "coarse")]
+        rows = [[file_of(options.out, name, size, prompt, 0) for prompt in PROMPTS] for size, name in named]
+        sheet(rows, options.sheet, height=192, quality=80)
     return 0
 
 

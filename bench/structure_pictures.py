@@ -5,12 +5,16 @@ The model's own scheduler, steps and guidance; the same seeds for every method.
 
 from __future__ import annotations
 
+import argparse
 import functools
+import os
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 
 from bench.quality import bootstrap, seam_ratio, seam_scatter, window_borders
 from instantas import InstantASPipeline, demo
@@ -66,6 +70,45 @@ def paint(out: Path, name: str, size: int, prompt: str, seeds: range) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path, overwrite=True) as part:
             picture.save(part, format="PNG")
+
+
+def arguments_of(
+    description: str, sizes: dict[int, list[str]], seeds: int | None, about: str
+) -> argparse.ArgumentParser:
+    """What both benchmarks are asked: where pictures lie, which to paint, what to write."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--only", nargs="+", choices=METHODS, help="methods to paint; by default all")
+    parser.add_argument("--size", type=int, nargs="+", choices=sizes, default=list(sizes), help="windows a side")
+    parser.add_argument("--seeds", type=int, default=seeds, help=about)
+    parser.add_argument("--table", type=Path)
+    parser.add_argument("--sheet", type=Path)
+    return parser
+
+
+def paint_all(
+    options: argparse.Namespace, prompts: Iterable[str], sizes: dict[int, list[str]], seeds: Callable[[int], int]
+) -> None:
+    """The native pictures and those that are asked for; `seeds` says how many of a prompt, by windows a side."""
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
+    wanted = [(1, "native")]
+    wanted += [(n, name) for n in options.size for name in sizes[n] if options.only is None or name in options.only]
+    for size, name in wanted:
+        for prompt in prompts:
+            paint(options.out, name, size, prompt, range(seeds(size)))
+
+
+def sheet(rows: Sequence[Sequence[Path]], path: Path, height: int, quality: int) -> None:
+    """The pictures of files in rows and columns, all of one height."""
+    shown = [
+        [np.asarray(Image.open(file).convert("RGB").resize((height, height), Image.Resampling.LANCZOS)) for file in row]
+        for row in rows
+    ]
+    framed = [
+        np.concatenate([np.pad(x, ((0, 3), (0, 3), (0, 0)), constant_values=255) for x in row], 1) for row in shown
+    ]
+    with whole_file(path, overwrite=True) as part:
+        Image.fromarray(np.concatenate(framed)).save(part, format="JPEG", quality=quality)
 
 
 def cost(name: str, size: int) -> float:

@@ -134,7 +134,7 @@ def _list_prompts():
     for name, (nouns, looks) in demo.vocabulary().items():
         click.echo(f"  {name:<10} {', '.join(nouns)}; {', '.join(looks)}")
     click.echo("prompts")
-    for prompt, look in (demo.PROMPTS | demo.SCENES).items():
+    for prompt, look in (demo.PROMPTS | demo.SCENE_PROMPTS).items():
         click.echo(f"  {prompt:<30} {look}")
 
 

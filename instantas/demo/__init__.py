@@ -4,7 +4,7 @@
 3.7 M parameters in float16, one native window is 16x16 latents = 128x128 px. Beside `model_index.json` lies
 `instantas.json` with the settings that suit it. `materials.py` and `scenes.py` draw its training pictures, `train.py`
 trains a model of the same kind, `judge.py` recognises the materials; they need `instantas[train]`. `detector.py` finds
-and counts the scenes' subjects; it needs torch alone, importing this module nothing.
+and counts the scenes' subjects with torch and safetensors alone. Importing this module needs nothing.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ PROMPTS = {
 }
 """Example prompts of materials and what their pictures look like."""
 
-SCENES = {
+SCENE_PROMPTS = {
     "lighthouse by the sea at dusk": "a banded tower on its rock under an orange sky",
     "sailing boat at sea": "a hull with two sails on blue or evening water",
     "lone tree in a field": "a round crown on a green plain",

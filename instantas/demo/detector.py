@@ -16,9 +16,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from instantas.checks import real
 from instantas.demo import SUBJECTS
 from instantas.files import whole_file
 
@@ -100,10 +102,14 @@ class Detector:
 
         Raises:
             FileNotFoundError: if there is no such file.
+            ValueError: if it is none of a detector.
         """
         network = Network()
-        weights = load_file(Path(path) if path is not None else Path(__file__).with_name("detector.safetensors"))
-        network.load_state_dict({name: weight.float() for name, weight in weights.items()})
+        file = Path(path) if path is not None else Path(__file__).with_name("detector.safetensors")
+        try:
+            network.load_state_dict({name: weight.float() for name, weight in load_file(file).items()})
+        except (SafetensorError, RuntimeError) as error:
+            raise ValueError(f"path: expected a file that `save` has written, got {str(file)!r}: {error}") from error
         return cls(network)
 
     def save(self, path: str | os.PathLike) -> None:
@@ -120,8 +126,9 @@ class Detector:
             confidence: the least that counts, 0..1.
 
         Raises:
-            ValueError, TypeError: for another shape or dtype.
+            ValueError, TypeError: for another shape or dtype, and a confidence out of range.
         """
+        real("confidence", confidence, 0, 1)
         pixels = np.asarray(image)
         if pixels.dtype != np.uint8:
             raise TypeError(f"image: expected uint8, got {pixels.dtype}")

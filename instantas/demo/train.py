@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 SHARES = {"pictures": 0.02, "autoencoder": 0.25, "latents": 0.08, "diffusion": 0.50, "decoder": 0.15}
 """The parts of the time that go to the stages."""
 
-PICTURES, SCENES = 60, 180
+OF_MATERIAL, OF_SUBJECT = 60, 180
 """Training pictures of every material and scenes of every subject, if there is time to draw them."""
 
 DEFAULTS = {"num_inference_steps": 25, "guidance_scale": 2.5}
@@ -60,15 +60,15 @@ def draw_pictures(stage: Stage, seed: int) -> tuple[list[Render], list[Scene]]:
     """Scenes of all subjects in turn, between them renders of all materials, until the time is over."""
     from instantas.demo import MATERIALS
     from instantas.demo.training.materials import render
-    from instantas.demo.training.scenery import SCENES as SUBJECTS
+    from instantas.demo.training.scenery import SCENES
     from instantas.demo.training.scenes import render_scene
 
     renders, scenes = [], []
-    stage.most, each = SCENES, SCENES // PICTURES
+    stage.most, each = OF_SUBJECT, OF_SUBJECT // OF_MATERIAL
     for _ in stage:
         if stage.step % each == 0:
             renders += [render(material, stage.step // each, seed) for material in MATERIALS]
-        scenes += [render_scene(subject, stage.step, seed) for subject in SUBJECTS]
+        scenes += [render_scene(subject, stage.step, seed) for subject in SCENES]
     return renders, scenes
 
 

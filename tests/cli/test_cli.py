@@ -227,7 +227,14 @@ def test_a_prompt_of_which_it_knows_nothing_is_refused(refused, prompt):
 
 
 def test_prompts_of_known_words_and_none_at_all_are_painted_without_a_word(capsys):
-    for prompt in (*demo.PROMPTS, *demo.SCENES, "sea at dusk", "green field at noon", "Sea, next to a snow field", ""):
+    for prompt in (
+        *demo.PROMPTS,
+        *demo.SCENE_PROMPTS,
+        "sea at dusk",
+        "green field at noon",
+        "Sea, next to a snow field",
+        "",
+    ):
         assert demo.unknown_words(prompt) == []
         assert not prompt or demo.paintable(prompt)
     generate("--size", "8x8", prompt="")
@@ -239,7 +246,15 @@ def test_the_prompts_are_listed(capsys):
     out = capsys.readouterr().out
     assert all(
         name in out
-        for name in (*demo.MATERIALS, *demo.SUBJECTS, *demo.PROMPTS, *demo.SCENES, "meadow", "sailboat", "in winter")
+        for name in (
+            *demo.MATERIALS,
+            *demo.SUBJECTS,
+            *demo.PROMPTS,
+            *demo.SCENE_PROMPTS,
+            "meadow",
+            "sailboat",
+            "in winter",
+        )
     )
 
 

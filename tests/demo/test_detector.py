@@ -79,6 +79,21 @@ def test_bad_pictures(detector, image, error, words):
         detector.find(image)
 
 
+def test_a_file_of_something_else_is_refused(tmp_path):
+    from safetensors.torch import save_file
+
+    save_file({"weight": torch.zeros(2)}, tmp_path / "other.safetensors")
+    (tmp_path / "broken.safetensors").write_bytes(b"no")
+    for name in ("other", "broken"):
+        with pytest.raises(ValueError, match="^path: expected a file that `save` has written, got '"):
+            Detector.load(tmp_path / f"{name}.safetensors")
+
+
+def test_a_confidence_out_of_range_is_refused(detector):
+    with pytest.raises(ValueError, match="^confidence: expected"):
+        detector.find(np.zeros((8, 8, 3), np.uint8), confidence=1.5)
+
+
 # Training
 
 
@@ -121,3 +136,18 @@ def test_training_makes_a_detector(tmp_path):
     assert detection.main(["--out", str(path), "--minutes", "1e-4", "--pictures", "4"]) == 0
     assert Detector.load(path).find(np.zeros((64, 64, 3), np.uint8)) is not None
     assert path.stat().st_size < 2e6
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--minutes", "0"], "minutes: expected"),
+        (["--pictures", "0"], "pictures: expected"),
+        (["--seed", "-1"], "seed: expected"),
+        (["--out", "missing/detector.safetensors"], "out: expected an existing folder"),
+    ],
+)
+def test_bad_options_are_one_line_before_the_work(arguments, words, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(detection, "example", lambda *_: pytest.fail("it has begun to draw"))
+    assert detection.main(["--out", str(tmp_path / "detector.safetensors"), *arguments]) == 2
+    assert capsys.readouterr().err.startswith(words) and not list(tmp_path.iterdir())

@@ -70,7 +70,7 @@ def test_captions_name_the_subject_and_never_another_setting_or_light():
                 assert not any(word in text for word in others for text in said)
             named = [any(word in text for word in (*SETTINGS[setting][0], *SETTINGS[setting][1])) for text in said]
             assert any(named) and (all(named) if not subject else not all(named))
-    assert {word for prompt in demo.SCENES for word in prompt.split()} <= set(captions.words())
+    assert {word for prompt in demo.SCENE_PROMPTS for word in prompt.split()} <= set(captions.words())
 
 
 def test_a_mirrored_picture_is_moved_by_half_a_cell():

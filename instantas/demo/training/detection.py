@@ -13,11 +13,13 @@ import torch.nn.functional as F
 from diffusers import AutoencoderTiny
 from torch import nn
 
+from instantas.checks import integer, positive, real
 from instantas.demo import SUBJECTS, folder
 from instantas.demo.detector import SIDE, STRIDE, Detector, Network
 from instantas.demo.judge import reconstruct
 from instantas.demo.training.planting import example
 from instantas.demo.training.stage import MovingAverage, Stage, set_learning_rate
+from instantas.files import check_writable
 
 BATCH, LEARNING_RATE = 8, 2e-3
 
@@ -69,7 +71,13 @@ def train(minutes: float = 12, pictures: int = 1600, seed: int = 0, report: Call
         pictures: how many are drawn.
         seed: start of all random numbers.
         report: called with every progress line.
+
+    Raises:
+        ValueError, TypeError: for a time that is not positive, fewer than one picture, a negative seed.
     """
+    real("minutes", minutes, 0, above=True)
+    positive("pictures", pictures)
+    integer("seed", seed, 0)
     torch.manual_seed(seed)
     rng = np.random.default_rng([seed, 2])
     drawn = [example(rng, SIDE) for _ in range(pictures)]
@@ -114,6 +122,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     try:
+        check_writable(options.out, name="out")
         detector = train(options.minutes, options.pictures, options.seed, lambda line: print(line, flush=True))
         detector.save(options.out)
     except ValueError as error:

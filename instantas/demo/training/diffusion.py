@@ -18,10 +18,10 @@ from instantas.demo.training.latents import WINDOW, TrainingLatents
 from instantas.demo.training.stage import MovingAverage, Stage, set_learning_rate
 from instantas.demo.training.tokenizer import MAX_LENGTH
 
-SINGLE, JOINT, SCENES, DETAILS = 9, 4, 12, 3
+SINGLE, JOINT, WHOLE, DETAILS = 9, 4, 12, 3
 """Windows of a step: of one material, of two, whole scenes, and parts of scenes at twice the size."""
 
-BATCH = SINGLE + JOINT + SCENES + DETAILS
+BATCH = SINGLE + JOINT + WHOLE + DETAILS
 
 DETAILS_UNTIL = 0.5
 """Parts of scenes are shown at the schedule's earlier, less noisy time steps alone: where the noise hides nearly all, a
@@ -117,7 +117,7 @@ def draw_batch(
 
     singles = rng.choice(len(data.single), SINGLE, p=data.weights)
     joints = rng.integers(0, len(data.joint), JOINT)
-    scenes, details = np.split(rng.integers(0, len(data.scenes), SCENES + DETAILS), [SCENES])
+    scenes, details = np.split(rng.integers(0, len(data.scenes), WHOLE + DETAILS), [WHOLE])
     crops = [
         *(crop(data.single[i, rng.integers(2)]) for i in singles),
         *(crop(data.joint[i]) for i in joints),

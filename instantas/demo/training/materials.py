@@ -8,7 +8,6 @@ draws a contact sheet.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from typing import NamedTuple
 
@@ -31,7 +30,7 @@ from instantas.demo.training.drawing import (
     vary,
 )
 from instantas.demo.training.palettes import LOOKS, Look
-from instantas.files import whole_file
+from instantas.demo.training.sheets import WINDOW, contact_sheet, write_sheet
 
 
 class Render(NamedTuple):
@@ -264,33 +263,22 @@ def render(material: str, index: int, seed: int = 0, *, look: Look | None = None
     return Render(to_uint8(DRAWINGS[material](rng, look)), material, look)
 
 
-def contact_sheet(columns: int = 8, seed: int = 0, size: int = 128) -> Image.Image:
-    """One row per material, each picture the middle `size` pixels of a render."""
-    step, start = size + 4, (SIZE - size) // 2
-    sheet = Image.new("RGB", (columns * step, len(MATERIALS) * step), "white")
-    for row, material in enumerate(MATERIALS):
-        for column in range(columns):
-            crop = render(material, column, seed).image[start : start + size, start : start + size]
-            sheet.paste(Image.fromarray(np.ascontiguousarray(crop)), (column * step, row * step))
-    return sheet
+def sheet_of_materials(columns: int = 8, seed: int = 0) -> Image.Image:
+    """One row per material, each picture the middle of a render."""
+    start = (SIZE - WINDOW) // 2
+    middle = (start, start, start + WINDOW, start + WINDOW)
+    return contact_sheet(
+        [
+            [Image.fromarray(render(material, column, seed).image).crop(middle) for column in range(columns)]
+            for material in MATERIALS
+        ]
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:
     """`python -m instantas.demo.training.materials OUT.png`."""
-    parser = argparse.ArgumentParser(
-        prog="python -m instantas.demo.training.materials", description=contact_sheet.__doc__
-    )
-    parser.add_argument("out", help="the picture to write")
-    parser.add_argument("--columns", type=int, default=8, help="pictures of each material")
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args(arguments)
-    try:
-        with whole_file(options.out) as path:
-            contact_sheet(options.columns, options.seed).save(path)
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
+    program = "python -m instantas.demo.training.materials"
+    return write_sheet(program, "One row per material.", sheet_of_materials, arguments)
 
 
 if __name__ == "__main__":

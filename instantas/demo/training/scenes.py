@@ -8,7 +8,6 @@ number of subjects. `python -m instantas.demo.training.scenes OUT.png` draws a c
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -18,8 +17,8 @@ from PIL import Image
 
 from instantas.demo.training.drawing import SIZE, add_stars, colour_ramp, fractal_noise, smoothstep, to_uint8
 from instantas.demo.training.scenery import LIGHTS, SCENES, Light, SceneKind
+from instantas.demo.training.sheets import WINDOW, contact_sheet, write_sheet
 from instantas.demo.training.subjects import SUBJECTS, Sheet
-from instantas.files import whole_file
 
 UNIT = 256
 """Pixels of a native window's side in a scene of SIZE: twice the 128 that the model paints."""
@@ -254,32 +253,21 @@ def render_scene(subject: str, index: int, seed: int = 0) -> Scene:
     return Scene(to_uint8(picture), subject, setting, light, boxes)
 
 
-def contact_sheet(columns: int = 8, seed: int = 0, size: int = 128) -> Image.Image:
+def sheet_of_scenes(columns: int = 8, seed: int = 0) -> Image.Image:
     """One row per subject, the last without one: scenes as they fill a native window."""
-    step = size + 4
-    sheet = Image.new("RGB", (columns * step, len(SCENES) * step), "white")
-    for row, subject in enumerate(SCENES):
-        for column in range(columns):
-            picture = Image.fromarray(render_scene(subject, column, seed).image)
-            window = picture.crop((MARGIN, MARGIN, MARGIN + UNIT, MARGIN + UNIT))
-            sheet.paste(window.resize((size, size), Image.Resampling.LANCZOS), (column * step, row * step))
-    return sheet
+    inner = (MARGIN, MARGIN, MARGIN + UNIT, MARGIN + UNIT)
+
+    def window(subject: str, column: int) -> Image.Image:
+        picture = Image.fromarray(render_scene(subject, column, seed).image).crop(inner)
+        return picture.resize((WINDOW, WINDOW), Image.Resampling.LANCZOS)
+
+    return contact_sheet([[window(subject, column) for column in range(columns)] for subject in SCENES])
 
 
 def main(arguments: list[str] | None = None) -> int:
     """`python -m instantas.demo.training.scenes OUT.png`."""
-    parser = argparse.ArgumentParser(prog="python -m instantas.demo.training.scenes", description=contact_sheet.__doc__)
-    parser.add_argument("out", help="the picture to write")
-    parser.add_argument("--columns", type=int, default=8, help="pictures of each subject")
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args(arguments)
-    try:
-        with whole_file(options.out) as path:
-            contact_sheet(options.columns, options.seed).save(path)
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
+    program = "python -m instantas.demo.training.scenes"
+    return write_sheet(program, "One row per subject, the last without one.", sheet_of_scenes, arguments)
 
 
 if __name__ == "__main__":
