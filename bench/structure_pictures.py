@@ -99,16 +99,18 @@ def paint_all(
 
 
 def sheet(rows: Sequence[Sequence[Path]], path: Path, height: int, quality: int) -> None:
-    """The pictures of files in rows and columns, all of one height."""
-    shown = [
-        [np.asarray(Image.open(file).convert("RGB").resize((height, height), Image.Resampling.LANCZOS)) for file in row]
-        for row in rows
-    ]
-    framed = [
-        np.concatenate([np.pad(x, ((0, 3), (0, 3), (0, 0)), constant_values=255) for x in row], 1) for row in shown
-    ]
+    """The pictures of files in rows, all reduced to one height; white where a row is shorter."""
+
+    def shown(file: Path) -> np.ndarray:
+        picture = Image.open(file).convert("RGB")
+        reduced = picture.resize((picture.width * height // picture.height, height), Image.Resampling.LANCZOS)
+        return np.pad(np.asarray(reduced), ((0, 3), (0, 3), (0, 0)), constant_values=255)
+
+    lines = [np.concatenate([shown(file) for file in row], 1) for row in rows]
+    width = max(line.shape[1] for line in lines)
+    filled = [np.pad(line, ((0, 0), (0, width - line.shape[1]), (0, 0)), constant_values=255) for line in lines]
     with whole_file(path, overwrite=True) as part:
-        Image.fromarray(np.concatenate(framed)).save(part, format="JPEG", quality=quality)
+        Image.fromarray(np.concatenate(filled)).save(part, format="JPEG", quality=quality)
 
 
 def cost(name: str, size: int) -> float:

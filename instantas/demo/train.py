@@ -31,6 +31,9 @@ SHARES = {"pictures": 0.02, "autoencoder": 0.25, "latents": 0.08, "diffusion": 0
 OF_MATERIAL, OF_SUBJECT = 60, 180
 """Training pictures of every material and scenes of every subject, if there is time to draw them."""
 
+SCALES = 2, 2, 3
+"""How much larger than a native window scenes are drawn, in turn: parts of them are what a large canvas shows."""
+
 DEFAULTS = {"num_inference_steps": 25, "guidance_scale": 2.5}
 """The settings that suit the model, written into `instantas.json`."""
 
@@ -68,7 +71,7 @@ def draw_pictures(stage: Stage, seed: int) -> tuple[list[Render], list[Scene]]:
     for _ in stage:
         if stage.step % each == 0:
             renders += [render(material, stage.step // each, seed) for material in MATERIALS]
-        scenes += [render_scene(subject, stage.step, seed) for subject in SCENES]
+        scenes += [render_scene(subject, stage.step, seed, SCALES[stage.step % len(SCALES)]) for subject in SCENES]
     return renders, scenes
 
 
@@ -178,7 +181,7 @@ def train(
     with whole_folder(out) as folder, tempfile.TemporaryDirectory() as vocabulary:
         from instantas.demo.training.autoencoder import make_autoencoder, train_autoencoder, train_decoder
         from instantas.demo.training.diffusion import make_text_encoder, make_unet, train_diffusion
-        from instantas.demo.training.latents import halved, make_latents
+        from instantas.demo.training.latents import make_latents, native
         from instantas.demo.training.stage import Stage
         from instantas.demo.training.tokenizer import make_tokenizer
 
@@ -194,7 +197,7 @@ def train(
         renders, scenes = draw_pictures(stages["pictures"], seed)
         report(f"{len(renders)} pictures of materials, {len(scenes)} scenes, {len(tokenizer)} tokens")
         wholes = [scene.image for scene in scenes]
-        pictures = ([render.image for render in renders], wholes, [halved(image) for image in wholes])
+        pictures = ([render.image for render in renders], wholes, [native(image) for image in wholes])
         train_autoencoder(autoencoder, pictures, stages["autoencoder"], rng)
         data = make_latents(autoencoder, tokenizer, renders, scenes, stages["latents"], rng)
         report(f"{len(data.joint)} pictures of two materials, scaling factor {data.scale:.4f}")

@@ -2,11 +2,12 @@
 
 import numpy as np
 import pytest
+from PIL import Image
 
 pytest.importorskip("skimage", reason="needs instantas[train]")
 pytest.importorskip("sklearn", reason="needs instantas[train]")
 
-from bench import detection, scenes, structure_pictures  # noqa: E402
+from bench import detection, failures, scenes, structure_pictures  # noqa: E402
 from instantas import demo  # noqa: E402
 from instantas.demo.detector import Found  # noqa: E402
 
@@ -38,3 +39,29 @@ def test_prompts_name_each_subject_once():
     assert sorted(scenes.PROMPTS.values()) == sorted(demo.SUBJECTS)
     found = dict(prompts=np.array([*scenes.PROMPTS, *scenes.PROMPTS]), subjects=np.arange(16))
     assert scenes.by_prompt(found).startswith("lighthouse 4.00, boat 5.00")
+
+
+def test_a_sheet_keeps_proportions_and_fills_shorter_rows(tmp_path):
+    for name, size in (("square", (40, 40)), ("wide", (80, 40))):
+        Image.new("RGB", size, "blue").save(tmp_path / f"{name}.png")
+    square, wide = tmp_path / "square.png", tmp_path / "wide.png"
+    structure_pictures.sheet([[square, wide], [square]], tmp_path / "sheet.png", height=20, quality=90)
+    shown = np.asarray(Image.open(tmp_path / "sheet.png"))
+    assert shown.shape == (46, 66, 3)
+    assert (shown[8, [5, 40], 2] > 200).all() and (shown[8, [5, 40], 0] < 60).all() and (shown[30, 40] > 200).all()
+
+
+def test_a_failure_case_is_counted_whole(tmp_path):
+    case = failures.Case("sea", (128, 128), {"boat": 1})
+    failures.paint(tmp_path / "a.png", case, "none", 0)
+    with Image.open(tmp_path / "a.png") as picture:
+        assert picture.size == (128, 128)
+    before = (tmp_path / "a.png").stat().st_mtime_ns
+    failures.paint(tmp_path / "a.png", case, "none", 0)
+    assert (tmp_path / "a.png").stat().st_mtime_ns == before
+
+    class Two:
+        def find(self, picture):
+            return [Found("boat", 0.9, 1, 1, 1, 1), Found("sun", 0.9, 1, 1, 1, 1)]
+
+    assert failures.counts(tmp_path / "a.png", Two()) == {"boat": 1, "sun": 1} != case.wanted

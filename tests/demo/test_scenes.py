@@ -47,6 +47,15 @@ def test_a_whole_scene_fills_a_native_window():
             assert (middle - extents / 2 > -4).all() and (middle + extents / 2 < scenes.UNIT + 4).all(), subject
 
 
+def test_a_scene_of_another_scale_is_the_same_place_at_another_size():
+    for subject in demo.SUBJECTS:
+        twice, thrice = (scenes.render_scene(subject, 5, scale=scale) for scale in (2, 3))
+        assert thrice.image.shape == (3 * SIZE // 2, 3 * SIZE // 2, 3) and thrice[1:4] == twice[1:4]
+        (small,), (large,) = twice.boxes, thrice.boxes
+        assert np.allclose(np.array(large)[:3], 1.5 * np.array(small)[:3], rtol=1e-6)
+        assert all(latents.native(scene.image).shape == (SIZE // 2, SIZE // 2, 3) for scene in (twice, thrice))
+
+
 def test_an_unknown_subject_is_refused():
     with pytest.raises(ValueError, match="subject: expected one of lighthouse, .* or '', got 'cat'"):
         scenes.render_scene("cat", 0)
@@ -76,7 +85,6 @@ def test_captions_name_the_subject_and_never_another_setting_or_light():
 def test_a_mirrored_picture_is_moved_by_half_a_cell():
     image = np.arange(SIZE * SIZE * 3, dtype=np.uint8).reshape(1, SIZE, SIZE, 3)
     assert np.array_equal(latents.mirrored(image)[0, 4:, 4:], image[0, :-4, ::-1][:, :-4])
-    assert latents.halved(image[0]).shape == (SIZE // 2, SIZE // 2, 3)
 
 
 def test_parts_of_scenes_are_learned_at_low_noise_alone():

@@ -18,8 +18,8 @@ from instantas.demo.training.latents import WINDOW, TrainingLatents
 from instantas.demo.training.stage import MovingAverage, Stage, set_learning_rate
 from instantas.demo.training.tokenizer import MAX_LENGTH
 
-SINGLE, JOINT, WHOLE, DETAILS = 9, 4, 12, 3
-"""Windows of a step: of one material, of two, whole scenes, and parts of scenes at twice the size."""
+SINGLE, JOINT, WHOLE, DETAILS = 5, 2, 18, 3
+"""Windows of a step: of one material, of two, whole scenes, and parts of larger scenes."""
 
 BATCH = SINGLE + JOINT + WHOLE + DETAILS
 
@@ -117,7 +117,7 @@ def draw_batch(
 
     singles = rng.choice(len(data.single), SINGLE, p=data.weights)
     joints = rng.integers(0, len(data.joint), JOINT)
-    scenes, details = np.split(rng.integers(0, len(data.scenes), WHOLE + DETAILS), [WHOLE])
+    scenes, details = np.split(rng.choice(len(data.scenes), WHOLE + DETAILS, p=data.scene_weights), [WHOLE])
     crops = [
         *(crop(data.single[i, rng.integers(2)]) for i in singles),
         *(crop(data.joint[i]) for i in joints),

@@ -10,6 +10,7 @@ from PIL import Image
 from scipy import ndimage
 
 from instantas.demo.training.captions import caption, joint_caption, scene_caption
+from instantas.demo.training.drawing import SIZE
 from instantas.demo.training.materials import Render
 from instantas.demo.training.scenes import Scene
 from instantas.demo.training.stage import Stage
@@ -37,6 +38,18 @@ EMPHASIS = {"leaves": 2.6, "stars": 1.5, "nebula": 1.4, "wood": 1.3, "grass": 1.
 }
 """How much more often than the average a material or a kind of look is shown: some are learned more slowly."""
 
+SCENE_EMPHASIS = {
+    "lighthouse": 2.2,
+    "bridge": 1.6,
+    "balloon": 1.5,
+    "boat": 1.3,
+    "tree": 1.1,
+    "moon": 0.9,
+    "sun": 0.7,
+    "": 0.5,
+}
+"""How much more often than a house scenes of a subject are shown."""
+
 
 class TrainingLatents(NamedTuple):
     """Scaled latents float16 and caption tokens int64.
@@ -48,8 +61,9 @@ class TrainingLatents(NamedTuple):
         joint: (m, 4, h', w').
         joint_tokens: (m, JOINT_CAPTIONS, MAX_LENGTH).
         scenes: (k, 2, 4, WINDOW, WINDOW), every scene as it fills a native window, and its mirror image.
-        details: (k, 4, h, w), the same scenes at twice the size.
+        details: k of (4, h, w), the same scenes as large as they were drawn.
         scene_tokens: (k, CAPTIONS, MAX_LENGTH).
+        scene_weights: (k,) probabilities of the scenes.
         scale: the factor that has given them standard deviation 1.
     """
 
@@ -59,8 +73,9 @@ class TrainingLatents(NamedTuple):
     joint: torch.Tensor
     joint_tokens: torch.Tensor
     scenes: torch.Tensor
-    details: torch.Tensor
+    details: list[torch.Tensor]
     scene_tokens: torch.Tensor
+    scene_weights: np.ndarray
     scale: float
 
 
@@ -93,10 +108,9 @@ def composite(rng: np.random.Generator, first: np.ndarray, second: np.ndarray) -
     return (crop(first) * (1 - share) + crop(second) * share + 0.5).astype(np.uint8)
 
 
-def halved(image: np.ndarray) -> np.ndarray:
-    """A uint8 picture at half its size."""
-    picture = Image.fromarray(image)
-    return np.asarray(picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.LANCZOS))
+def native(image: np.ndarray) -> np.ndarray:
+    """A uint8 scene of any size reduced to the size at which it fills a native window, with the rims."""
+    return np.asarray(Image.fromarray(image).resize((SIZE // 2, SIZE // 2), Image.Resampling.LANCZOS))
 
 
 def mirrored(images: np.ndarray) -> np.ndarray:
@@ -144,10 +158,9 @@ def make_latents(
             single.append(torch.stack([encode(autoencoder, part), encode(autoencoder, mirrored(part))], 1).half())
         shown = [scene.image for scene in drawn[stage.step * batch : (stage.step + 1) * batch]]
         if shown:
-            part = np.stack(shown)
-            small = np.stack([halved(image) for image in part])
+            small = np.stack([native(image) for image in shown])
             scenes.append(torch.stack([encode(autoencoder, small), encode(autoencoder, mirrored(small))], 1).half())
-            details.append(encode(autoencoder, part).half())
+            details += [encode(autoencoder, image[None])[0].half() for image in shown]
         chosen = [_two_materials(rng, renders) for _ in range(batch)]
         joint.append(encode(autoencoder, np.stack([composite(rng, images[a], images[b]) for a, b in chosen])).half())
         pairs += chosen
@@ -161,6 +174,7 @@ def make_latents(
     whole = torch.cat(scenes)
     scene_captions = [scene_caption(rng, *scene[1:4]) for scene in drawn[: len(whole)] for _ in range(CAPTIONS)]
     weights = np.array([EMPHASIS.get(r.material, 1.0) * EMPHASIS.get(r.look.kind, 1.0) for r in encoded])
+    scene_weights = np.array([SCENE_EMPHASIS.get(scene.subject, 1.0) for scene in drawn[: len(whole)]])
     return TrainingLatents(
         pictures * scale,
         tokens(captions, CAPTIONS),
@@ -168,8 +182,9 @@ def make_latents(
         composites * scale,
         tokens(joint_captions, JOINT_CAPTIONS),
         whole * scale,
-        torch.cat(details) * scale,
+        [part * scale for part in details],
         tokens(scene_captions, CAPTIONS),
+        scene_weights / scene_weights.sum(),
         scale,
     )
 

@@ -1,9 +1,9 @@
 """The training pictures of scenes: a setting with a horizon, and at most one subject in it.
 
 Places and sizes are in units of a native window, whose upper left corner is (0, 0). `render_scene(kind, index, seed)`
-is the same picture every time: SIZE pixels, of which a window is the middle 256, so that at half the size a whole scene
-fills a native window, and a native window of the full size is a part of it. `draw_scene` draws on any canvas, with any
-number of subjects. `python -m instantas.demo.training.scenes OUT.png` draws a contact sheet.
+is the same picture every time, at twice or three times the size at which a scene fills a native window: a native window
+of the full size is a part of it. `draw_scene` draws on any canvas, with any number of subjects.
+`python -m instantas.demo.training.scenes OUT.png` draws a contact sheet.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from instantas.demo.training.sheets import WINDOW, contact_sheet, write_sheet
 from instantas.demo.training.subjects import SUBJECTS, Sheet
 
 UNIT = 256
-"""Pixels of a native window's side in a scene of SIZE: twice the 128 that the model paints."""
+"""Pixels of a native window's side in a scene of SIZE: twice WINDOW, what the model paints."""
 
 MARGIN = (SIZE - UNIT) // 2
 
@@ -67,11 +67,12 @@ class View(NamedTuple):
 
     def noise(self, rng: np.random.Generator, exponent: float, stretch: tuple[float, float] = (1, 1),
               octaves: tuple[int, int] = (0, 9)) -> np.ndarray:  # fmt: skip
-        return fractal_noise(rng, exponent, stretch, octaves, self.shape)
+        scale = self.unit / UNIT
+        return fractal_noise(rng, exponent, (scale * stretch[0], scale * stretch[1]), octaves, self.shape)
 
     def ridge(self, rng: np.random.Generator, exponent: float, octaves: tuple[int, int]) -> np.ndarray:
         """A line of heights (1, w) around 0 with deviation 1."""
-        return fractal_noise(rng, exponent, (1, 1), octaves, (1, self.shape[1]))
+        return fractal_noise(rng, exponent, (1, self.unit / UNIT), octaves, (1, self.shape[1]))
 
 
 def draw_scene(
@@ -237,8 +238,14 @@ def choose_place(rng: np.random.Generator, kind: SceneKind) -> Place:
     return Place(rng.uniform(*kind.x), rng.uniform(*kind.y), height)
 
 
-def render_scene(subject: str, index: int, seed: int = 0) -> Scene:
+def render_scene(subject: str, index: int, seed: int = 0, scale: int = 2) -> Scene:
     """The `index`-th scene with a subject, or with none (""); the same for the same arguments.
+
+    Args:
+        subject: one of SCENES.
+        index: which of them.
+        seed: start of all choices.
+        scale: sides of the picture in those of a scene that fills a native window: SIZE / 2 pixels, WINDOW inside.
 
     Raises:
         ValueError: for an unknown subject.
@@ -249,7 +256,8 @@ def render_scene(subject: str, index: int, seed: int = 0) -> Scene:
     kind = SCENES[subject]
     setting, light = kind.settings[rng.integers(len(kind.settings))]
     places = [choose_place(rng, kind)] if subject else []
-    picture, boxes = draw_scene(rng, setting, light, subject, places, View((SIZE, SIZE)))
+    size, unit, margin = (scale * pixels // 2 for pixels in (SIZE, UNIT, MARGIN))
+    picture, boxes = draw_scene(rng, setting, light, subject, places, View((size, size), unit, (margin, margin)))
     return Scene(to_uint8(picture), subject, setting, light, boxes)
 
 
