@@ -32,8 +32,8 @@ PROMPTS = {
 """Prompt to the subject that is counted."""
 
 SIZES = {
-    2: ["none", "shift", "dilated", "MultiDiffusion", "coarse", "coarse, economy"],
-    3: ["none", "shift", "coarse", "coarse, economy"],
+    2: ["none", "shift", "dilated", "MultiDiffusion", "anchor", "refined", "coarse", "coarse, economy"],
+    3: ["none", "shift", "anchor", "refined", "coarse", "coarse, economy"],
 }
 
 

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from bench.quality import bootstrap, seam_ratio, seam_scatter, window_borders
+from bench.structure_rivals import RIVALS, STRENGTH
 from instantas import InstantASPipeline, demo
 from instantas.files import whole_file
 from instantas.sampling import coarse
@@ -27,7 +28,7 @@ OCTAVES = (4, 8, 16, 32, 64, 128)  # wavelengths in pixels: bands between neighb
 
 
 class Method(NamedTuple):
-    """Arguments of the pipeline's call."""
+    """Arguments of the pipeline's call; other methods are of `bench/structure_rivals.py`."""
 
     bridging: str = "shift"
     start: Any = "none"
@@ -42,6 +43,8 @@ METHODS = {
     "coarse, economy": Method("economy", "coarse"),
     "coarse, sigma 1.1": Method(start=coarse.CoarseStart(sigma=1.1)),
     "MultiDiffusion": Method("default", method="multidiffusion"),
+    "anchor": Method(method="anchor"),
+    "refined": Method(method="refined"),
 }
 
 
@@ -62,9 +65,13 @@ def paint(out: Path, name: str, size: int, prompt: str, seeds: range) -> None:
     if not missing:
         return
     generators = [torch.Generator().manual_seed(seed) for seed in missing]
-    method = METHODS[name]._asdict() if size > 1 else {}
-    sides = dict(height=size * SIDE, width=size * SIDE, num_images_per_prompt=len(missing), window_batch_size=20)
-    pictures = pipeline()(prompt, **sides, generator=generators, **method).images
+    canvas = dict(height=size * SIDE, width=size * SIDE, window_batch_size=20)
+    if size > 1 and name in RIVALS:
+        pictures = RIVALS[name](pipeline(), prompt, generators, **canvas).images
+    else:
+        method = METHODS[name]._asdict() if size > 1 else {}
+        many = dict(num_images_per_prompt=len(missing), generator=generators)
+        pictures = pipeline()(prompt, **canvas, **many, **method).images
     for seed, picture in zip(missing, pictures):
         path = file_of(out, name, size, prompt, seed)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -119,6 +126,8 @@ def cost(name: str, size: int) -> float:
     steps = pipe.defaults["num_inference_steps"]
     set_timesteps(pipe.scheduler, steps, None, torch.device("cpu"))
     plan = pipe.plan(size * SIDE, size * SIDE)
+    if name in RIVALS:
+        return 1 / plan.count + {"anchor": 1, "refined": int(STRENGTH * steps) / steps}[name]
     if method.method == "multidiffusion":
         return pipe.plan(size * SIDE, size * SIDE, method=method.method).count / plan.count
     runs = coarse.legs(coarse.start_of(method.start, pipe.defaults.get("coarse_sigma")), plan, pipe.scheduler)

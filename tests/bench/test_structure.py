@@ -1,21 +1,26 @@
 """What the comparisons of coarse starts count: evaluations, boxes found again, subjects by prompt."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 pytest.importorskip("skimage", reason="needs instantas[train]")
 pytest.importorskip("sklearn", reason="needs instantas[train]")
 
-from bench import detection, failures, scenes, structure_pictures  # noqa: E402
+from bench import detection, failures, scenes, structure_pictures, structure_rivals  # noqa: E402
 from instantas import demo  # noqa: E402
 from instantas.demo.detector import Found  # noqa: E402
+from instantas.sampling import coarse  # noqa: E402
+from instantas.windows import WindowPlan  # noqa: E402
 
 
 def test_evaluations_over_minimum_coverage():
     found = {name: structure_pictures.cost(name, 2) for name in structure_pictures.METHODS}
     assert found["none"] == found["shift"] == found["dilated"] == 1
-    assert found["MultiDiffusion"] == 81 / 4
+    assert found["MultiDiffusion"] == 81 / 4 and found["anchor"] == 1.25 and found["refined"] == 12 / 25 + 1 / 4
     assert found["coarse, economy"] < found["coarse, sigma 1.1"] < found["coarse"] < 0.7
 
 
@@ -65,3 +70,19 @@ def test_a_failure_case_is_counted_whole(tmp_path):
             return [Found("boat", 0.9, 1, 1, 1, 1), Found("sun", 0.9, 1, 1, 1, 1)]
 
     assert failures.counts(tmp_path / "a.png", Two()) == {"boat": 1, "sun": 1} != case.wanted
+
+
+def test_an_anchor_gives_a_canvas_the_low_frequencies_of_the_native_picture():
+    itself = SimpleNamespace(clean=lambda prediction, sample: prediction, prediction=lambda clean, sample: clean)
+    native, canvas = torch.randn(1, 4, 16, 16, dtype=torch.float64), torch.randn(1, 4, 32, 32, dtype=torch.float64)
+    anchor, plan = structure_rivals.Anchor([native] * 5), WindowPlan.minimum_coverage(32, 32, 16)
+    context = SimpleNamespace(level=itself)
+    pulled = anchor.step(0, 5, plan).adjust(canvas, None, context)
+    low = coarse.carry(pulled, (16, 16), (False, False))
+    assert torch.allclose(low, 2 * native, atol=1e-12)  # a cell of the canvas is as bright as one of the native picture
+    high = [
+        x - coarse.carry(coarse.carry(x, (16, 16), (False, False)), (32, 32), (False, False)) for x in (canvas, pulled)
+    ]
+    assert torch.allclose(*high, atol=1e-12)
+    late = anchor.step(4, 5, plan).adjust(canvas, None, context)
+    assert 0 < (late - canvas).norm() < 0.2 * (pulled - canvas).norm()
