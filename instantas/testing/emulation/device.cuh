@@ -5,6 +5,7 @@
 // when they are waited for and not before, and the order in which threads run is chosen by a seed.
 #pragma once
 
+#include <setjmp.h>
 #include <sys/mman.h>
 #include <ucontext.h>
 #include <unistd.h>
@@ -52,9 +53,10 @@ struct Copy {
 };
 
 struct Fiber {
-  ucontext_t context;
+  ucontext_t beginning;
+  jmp_buf place;
   std::unique_ptr<char[]> stack{new char[STACK]};
-  bool done = false;
+  bool begun = false, done = false;
   Barrier* waits = nullptr;
   int64_t until = 0;
   int64_t collectives = 0;
@@ -76,7 +78,7 @@ struct Block {
   Barrier barrier;
   int votes[2] = {0, 0};
   int64_t ballots = 0;
-  ucontext_t scheduler;
+  jmp_buf scheduler;
   std::function<void()> body;
   char* shared = nullptr;
   int shared_size = 0;
@@ -93,6 +95,11 @@ namespace emulation {
 
 inline Fiber& self() { return block->fibers[threadIdx.x]; }
 
+// Goes to where another left; swapcontext would ask the system for the signal mask every time.
+inline void leave(jmp_buf& here, jmp_buf& there) {
+  if (!_setjmp(here)) _longjmp(there, 1);
+}
+
 inline void wait(Barrier& barrier, int count) {
   if (++barrier.arrived == count) {
     barrier.arrived = 0;
@@ -103,13 +110,27 @@ inline void wait(Barrier& barrier, int count) {
   const unsigned me = threadIdx.x;
   fiber.waits = &barrier;
   fiber.until = barrier.passed + 1;
-  swapcontext(&fiber.context, &block->scheduler);
+  leave(fiber.place, block->scheduler);
   threadIdx.x = me;
 }
 
 inline void start() {
-  block->body();
-  self().done = true;
+  for (;;) {  // the blocks of a launch
+    block->body();
+    self().done = true;
+    leave(self().place, block->scheduler);
+  }
+}
+
+inline void enter(Fiber& fiber) {
+  if (_setjmp(block->scheduler)) return;
+  if (fiber.begun) _longjmp(fiber.place, 1);
+  fiber.begun = true;
+  getcontext(&fiber.beginning);
+  fiber.beginning.uc_stack.ss_sp = fiber.stack.get();
+  fiber.beginning.uc_stack.ss_size = Fiber::STACK;
+  makecontext(&fiber.beginning, start, 0);
+  setcontext(&fiber.beginning);
 }
 
 inline void run_block() {
@@ -118,11 +139,6 @@ inline void run_block() {
   for (int i = 0; i < threads; ++i) order[i] = i;
   if (seed) std::shuffle(order.begin(), order.end(), std::mt19937(seed));
   for (Fiber& fiber : block->fibers) {
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.get();
-    fiber.context.uc_stack.ss_size = Fiber::STACK;
-    fiber.context.uc_link = &block->scheduler;
-    makecontext(&fiber.context, start, 0);
     fiber.done = false;
     fiber.waits = nullptr;
     fiber.open.clear();
@@ -136,7 +152,7 @@ inline void run_block() {
       if (fiber.done || (fiber.waits && fiber.waits->passed < fiber.until)) continue;
       fiber.waits = nullptr;
       threadIdx.x = i;
-      swapcontext(&block->scheduler, &fiber.context);
+      enter(fiber);
       left -= fiber.done;
       progress = true;
     }
