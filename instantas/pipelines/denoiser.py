@@ -102,7 +102,7 @@ class WindowDenoiser:
         if self.told is not None:
             told = self.told if context.view is None else context.view.apply(self.told)
             told = cut(told, picture, context.origins, context.plan.window)
-            sample = torch.cat([sample, torch.cat([told, told]) if self.guided else told], dim=1)
+            sample = torch.cat([sample, torch.cat([told, told]) if self._guided else told], dim=1)
         with self._second_embeddings(picture):
             predicted = self.unet(
                 sample,

@@ -87,6 +87,23 @@ def test_diffusers_inpainting_of_sdxl(channels, prediction_type):
 
 
 @pytest.mark.parametrize("channels", [4, 9])
+def test_a_guidance_interval_is_a_callback_that_sets_the_scale_to_1(channels):
+    pipe = tiny_pipeline(unet=unet(in_channels=channels))
+    names = ["prompt_embeds", "mask", *(["masked_image_latents"] if channels == 9 else [])]
+
+    def conditional(pipe, step, timestep, tensors):
+        if step != 1:
+            return {}
+        pipe._guidance_scale = 1.0
+        return {name: tensors[name].chunk(2)[1] for name in names}
+
+    given = dict(image=photo(), mask_image=mask(), num_inference_steps=4)
+    told = dict(callback_on_step_end=conditional, callback_on_step_end_tensor_inputs=names)
+    ours = latents_of(InstantASPipeline.from_pipe(pipe), **given, guidance_interval=(0.0, 0.5))
+    close(ours, latents_of(of(pipe), **given, **told))
+
+
+@pytest.mark.parametrize("channels", [4, 9])
 def test_diffusers_inpainting_with_a_controlnet(channels):
     net = tiny_controlnet()
     pipe = tiny_pipeline(kind=StableDiffusionControlNetPipeline, controlnet=net, unet=unet(in_channels=channels))
