@@ -16,7 +16,7 @@ from diffusers import StableDiffusionInstructPix2PixPipeline, StableDiffusionXLI
 from diffusers.models.attention_processor import Attention
 from diffusers.utils import USE_PEFT_BACKEND, scale_lora_layers, unscale_lora_layers
 
-from instantas.pipelines.entry import SEEN, bound, signature
+from instantas.pipelines.entry import SEEN, bound, module_of, signature
 from instantas.pipelines.processors import (
     Attended,
     RegionalAttnProcessor,
@@ -288,7 +288,7 @@ def regional_prompts(
     if classifier_free_guidance is None and pipe is None:
         classifier_free_guidance = True
     prompts = RegionalPrompts(
-        getattr(network, "_orig_mod", network),
+        module_of(network),
         regions,
         pipe=pipe,
         encode=encode,

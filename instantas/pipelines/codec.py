@@ -18,6 +18,7 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
 from instantas.checks import flag, pair, positive
+from instantas.pipelines.entry import module_of
 from instantas.pipelines.tiles import Circle, in_bands, in_tiles, reach, spans
 from instantas.sampling.fingerprint import digests
 from instantas.sampling.parallel import shared
@@ -154,7 +155,7 @@ class Parts(NamedTuple):
 
 def _decoding(vae, plain) -> Parts | None:
     """None where the layers are not known."""
-    decoder = _uncompiled(vae, "decoder")
+    decoder: Any = module_of(getattr(vae, "decoder", None))
     if isinstance(vae, AutoencoderTiny):
         return Parts([], [plain], [], [decoder], 1)
     known = _callable_by_layers(decoder, Decoder, MaskConditionDecoder)
@@ -170,7 +171,7 @@ def _decoding(vae, plain) -> Parts | None:
 
 
 def _encoding(vae) -> Parts | None:
-    encoder = _uncompiled(vae, "encoder")
+    encoder: Any = module_of(getattr(vae, "encoder", None))
     if isinstance(vae, AutoencoderTiny):
         unit = round(reach([encoder])[1])
         return Parts([], [functools.partial(_encoded, vae)], [], [encoder], unit)
@@ -183,11 +184,6 @@ def _encoding(vae) -> Parts | None:
     after = [last, encoder.mid_block, encoder.conv_norm_out, encoder.conv_act, encoder.conv_out, vae.quant_conv]
     after = [*(layer for layer in after if layer is not None), DiagonalGaussianDistribution]
     return Parts([], tiled, after, tiled, round(reach(tiled)[1]))
-
-
-def _uncompiled(vae, part) -> Any:
-    module = getattr(vae, part, None)
-    return getattr(module, "_orig_mod", module)
 
 
 def _callable_by_layers(module, *kinds) -> bool:

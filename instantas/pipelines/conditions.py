@@ -1,4 +1,4 @@
-"""What a diffusers UNet is told beside the noisy windows: prompts, pictures of IP-Adapters, SDXL's sizes and crops."""
+"""What a diffusers UNet is told beside the noisy windows: prompts, pictures of IP-Adapters, SDXL's sizes, guidance."""
 
 from __future__ import annotations
 
@@ -214,3 +214,16 @@ def micro_conditions(pipe: Any, canvas: tuple[int, int], given: tuple, negative:
     if any(value not in (None, (0, 0)) for value in (*given, *negative)):
         raise ValueError(f"original_size: expected no SDXL conditions for another model, got {given}, {negative}")
     return None
+
+
+def guidance_embedding(pipe: Any, scale: float, noise: torch.Tensor) -> torch.Tensor | None:
+    """(pictures, E) of the noise's dtype: the guidance scale that a distilled UNet is told; None for others.
+
+    Args:
+        noise: (pictures, C, H, W), what the run begins with.
+    """
+    wide = pipe.unet.config.time_cond_proj_dim
+    if wide is None:
+        return None
+    embedding = pipe.get_guidance_scale_embedding(torch.tensor([scale - 1.0]), embedding_dim=wide)
+    return embedding.to(noise).expand(len(noise), -1)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from instantas.pipelines.attention import regional_prompts
+from instantas.pipelines.entry import module_of
 from instantas.pipelines.pipeline import InstantASPipeline
 from instantas.pipelines.turns import turn
 from instantas.pipelines.windowed import check_windows, windowed
@@ -67,7 +68,7 @@ class HostedPipeline(InstantASPipeline):
         check_windows(pipe)
         check_blend(base_weight, semantic_schedule)
         call = self._arguments(args, call)
-        with turn(getattr(pipe.unet, "_orig_mod", pipe.unet), pipe.scheduler), contextlib.ExitStack() as stack:
+        with turn(module_of(pipe.unet), pipe.scheduler), contextlib.ExitStack() as stack:
             how = dict(bridging=bridging, window_batch_size=window_batch_size, wrap=wrap, group=group)
             stack.enter_context(windowed(pipe, self.window, **how))
             if group:

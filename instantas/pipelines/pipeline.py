@@ -11,14 +11,12 @@ from typing import Any
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.utils import logging
-from diffusers.utils.torch_utils import randn_tensor
 
 from instantas.checks import real
 from instantas.pipelines.arguments import (
     check_callback,
     check_choices,
     check_encoders,
-    check_latents,
     check_names,
     check_pipeline,
     check_scheduler,
@@ -28,9 +26,10 @@ from instantas.pipelines.arguments import (
 from instantas.pipelines.attention import regional_prompts
 from instantas.pipelines.bar import Counted, Shown
 from instantas.pipelines.callbacks import StepEnd
-from instantas.pipelines.conditions import adapter_embeds, adapter_masks, embed, micro_conditions
+from instantas.pipelines.conditions import adapter_embeds, adapter_masks, embed, guidance_embedding, micro_conditions
 from instantas.pipelines.control import control, picture_size
 from instantas.pipelines.denoiser import WindowDenoiser
+from instantas.pipelines.entry import module_of
 from instantas.pipelines.multidiffusion import RegionDenoiser, plain_colours, region_prompts
 from instantas.pipelines.starts import Source, Start, first_timestep, roles, steps_before
 from instantas.pipelines.tasks import Tasks
@@ -198,7 +197,7 @@ class InstantASPipeline(Tasks):
         checkpoint = Checkpoint.of(checkpoint)
         pipe, default_device = self.pipe, torch.get_default_device()
         check_pipeline(pipe, whole=True)
-        with turn(getattr(pipe.unet, "_orig_mod", pipe.unet), pipe.scheduler), host_tensors():
+        with turn(module_of(pipe.unet), pipe.scheduler), host_tensors():
             check_scheduler(pipe.scheduler)
             strength = self._default("strength", strength)
             given = roles(pipe, image, mask_image, control_image, strength, latents)
@@ -282,10 +281,10 @@ class InstantASPipeline(Tasks):
             if group:
                 group.seeded(generator, pipe._execution_device)
             if source is None:
-                start = Start(self._noise(pictures, plan, generator, latents))
+                canvas = Start.of_noise(pipe, pictures, (plan.height, plan.width), generator, latents)
             else:
-                start = Start.of(pipe, source, begin, pictures=pictures, wrap=wrap, generator=generator, group=group)
-            noise, known = start.latents, start.known
+                canvas = Start.of(pipe, source, begin, pictures=pictures, wrap=wrap, generator=generator, group=group)
+            noise, known = canvas.latents, canvas.known
             one_window = plan.window == (plan.height, plan.width) and not any(wrap)
             conditions = dict(
                 micro=micro_conditions(
@@ -306,13 +305,13 @@ class InstantASPipeline(Tasks):
                     end=control_guidance_end,
                     guess_mode=guess_mode,
                 ),
-                timestep_cond=None if distilled is None else self._guidance_embedding(guidance_scale, noise),
+                timestep_cond=guidance_embedding(pipe, guidance_scale, noise),
                 image_embeds=adapter_embeds(
                     pipe, ip_adapter_image, ip_adapter_image_embeds, pictures=pictures, guided=guided
                 ),
                 adapter_masks=adapter_masks(pipe, cross_attention_kwargs, size, whole_cells, whole=one_window),
                 cross_attention_kwargs=cross_attention_kwargs,
-                told=start.told,
+                told=canvas.told,
             )
             told = dict(guidance_scale=guidance, guidance_rescale=guidance_rescale)
             cells = None if known is None else known.cells
@@ -394,17 +393,3 @@ class InstantASPipeline(Tasks):
             with regional_prompts(pipe.unet, region_map, pipe=pipe, encode=encode, mode=region_mode) as regional:
                 regional.base(prompts.embeds, prompts.negative)
                 yield make(prompts, regional=regional)
-
-    def _noise(self, pictures, plan, generator, latents):
-        shape = (pictures, self.pipe.unet.config.out_channels, plan.height, plan.width)
-        device, dtype = self.pipe._execution_device, self.pipe.unet.dtype
-        if latents is None:
-            return randn_tensor(shape, generator=generator, device=device, dtype=dtype)
-        check_latents(latents, shape, float(getattr(self.pipe.scheduler, "init_noise_sigma", 1.0)))
-        return latents.to(device, dtype)
-
-    def _guidance_embedding(self, scale, noise):
-        """(pictures, E)"""
-        wide = self.pipe.unet.config.time_cond_proj_dim
-        embedding = self.pipe.get_guidance_scale_embedding(torch.tensor([scale - 1.0]), embedding_dim=wide)
-        return embedding.to(noise).expand(len(noise), -1)

@@ -30,7 +30,7 @@ from diffusers.models.attention_processor import (
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 
 from instantas import ops
-from instantas.pipelines.entry import SLOT, Entry
+from instantas.pipelines.entry import SLOT, Entry, module_of
 from instantas.regions.weights import Layout
 
 PLAIN = (AttnProcessor, AttnProcessor2_0, FusedAttnProcessor2_0, SlicedAttnProcessor, XFormersAttnProcessor)
@@ -205,7 +205,7 @@ def installed(network: torch.nn.Module, user: Any) -> Iterator[None]:
         TypeError: for a network without layers to be replaced, and for processors that are not known.
         ValueError: for a second user in the same thread or task.
     """
-    module = getattr(network, "_orig_mod", network)
+    module = module_of(network)
     if not isinstance(module, torch.nn.Module):
         raise TypeError(f"model: expected a diffusers pipeline or UNet, got {type(module).__name__}")
     try:
@@ -305,7 +305,7 @@ def cross_attention(network: torch.nn.Module) -> dict[Transformer2DModel, list[A
     Raises:
         TypeError: for a network without any or with others, and for processors that are not known.
     """
-    module = getattr(network, "_orig_mod", network)
+    module = module_of(network)
     crossing = {m: None for m in module.modules() if isinstance(m, Attention) and m.is_cross_attention}
     if not crossing:
         raise TypeError(f"model: expected a network with cross-attention, got {type(module).__name__} without any")

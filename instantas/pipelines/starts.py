@@ -1,4 +1,4 @@
-"""Where a run begins that goes on from a picture: img2img (SDEdit), and inside of a mask (inpainting)."""
+"""Where a run begins: with noise, from a picture (img2img, SDEdit), and inside of a mask (inpainting)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from instantas.checks import real
 from instantas.pipelines import codec
-from instantas.pipelines.arguments import is_told, is_xl
+from instantas.pipelines.arguments import check_latents, is_told, is_xl
 from instantas.pipelines.control import picture_size
 from instantas.pipelines.pictures import read_masks, read_pictures, upright
 from instantas.sampling.known import Known
@@ -135,16 +135,35 @@ class Start:
     """What a run goes on from.
 
     Attributes:
-        latents: (pictures, C, H, W), as `sampler.sample` takes them for `begin`.
-        begin: number of its first timestep; None: it begins with noise.
+        latents: (pictures, C, H, W), as `sampler.sample` takes them: noise, or with `begin` a noised picture.
         known: the cells outside of the mask; None without.
         told: (pictures, 1 + C, H, W), the mask and the latents of what it leaves, for an inpainting UNet.
     """
 
     latents: torch.Tensor
-    begin: int | None = None
     known: Known | None = None
     told: torch.Tensor | None = None
+
+    @classmethod
+    def of_noise(
+        cls,
+        pipe: Any,
+        pictures: int,
+        size: tuple[int, int],
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: torch.Tensor | None = None,
+    ) -> Start:
+        """Noise of (H, W) cells: drawn, or the latents that a call was given in its place.
+
+        Raises:
+            TypeError, ValueError: for latents that are no finite floats (pictures, C, H, W).
+        """
+        shape = (pictures, pipe.unet.config.out_channels, *size)
+        device, dtype = pipe._execution_device, pipe.unet.dtype
+        if latents is None:
+            return cls(randn_tensor(shape, generator=generator, device=device, dtype=dtype))
+        check_latents(latents, shape, float(getattr(pipe.scheduler, "init_noise_sigma", 1.0)))
+        return cls(latents.to(device, dtype))
 
     @classmethod
     def of(
@@ -188,7 +207,7 @@ class Start:
                 latents, noise, scheduler.timesteps[begin : begin + 1].to(device).repeat(pictures)
             )
         if mask is None:
-            return cls(noised, begin)
+            return cls(noised)
         cell = pipe.vae_scale_factor
         painted = mask[..., ::cell, ::cell]
         painted = painted if len(painted) == 1 else _each(painted, pictures)
@@ -201,7 +220,7 @@ class Start:
             narrow = pipe.vae.dtype == torch.float16 and getattr(pipe.vae.config, "force_upcast", False)
             some = generator[: len(left)] if isinstance(generator, list) else generator
             randn_tensor(drawn, generator=some, device=device, dtype=torch.float32 if narrow else pipe.vae.dtype)
-        return cls(noised, begin, known, told)
+        return cls(noised, known, told)
 
 
 def _each(tensor, pictures):
