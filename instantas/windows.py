@@ -331,20 +331,6 @@ class WindowPlan:
         return f"WindowPlan({size}, {self.count} windows of {self.window}, overlap {self.overlap:.2f}{more})"
 
 
-def cut(images: torch.Tensor, pictures: torch.Tensor, origins: torch.Tensor, window: tuple[int, int]) -> torch.Tensor:
-    """(m, C, h, w): windows of images (B, C, H, W), going on round the far edges.
-
-    pictures (m,) and origins (m, 2), the (y, x) of each window, are integers on the images' device.
-    """
-    height, width = images.shape[-2:]
-    y, x = (
-        (origins[:, axis, None].long() + torch.arange(side, device=images.device)) % length
-        for axis, (side, length) in enumerate(zip(window, (height, width)))
-    )
-    rows = images.movedim(1, -1)[pictures[:, None, None], y[:, :, None], x[:, None, :]]
-    return rows.movedim(-1, 1).contiguous()
-
-
 class _Axis(NamedTuple):
     """What follows from the different origins on one axis of a plan.
 

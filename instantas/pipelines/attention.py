@@ -28,7 +28,7 @@ from instantas.pipelines.processors import (
 from instantas.pipelines.progress import Progress, is_running
 from instantas.regions import RegionMap, check_blend, region_lists
 from instantas.regions.prompts import PipelineEncoder, PromptBank, adapters, text_encoders, warn_of_cut
-from instantas.regions.weights import Place, PromptWeights
+from instantas.regions.weights import PromptWeights, WindowBatch
 from instantas.sampling.bridging import View
 from instantas.sampling.step import StepContext
 from instantas.windows import WindowPlan
@@ -68,7 +68,7 @@ class RegionalPrompts:
         self._pipe, self._encode, self._guided, self._scheduler = pipe, encode, guided, scheduler
         self._settings, self._progress, self._lock = settings, Progress(), threading.RLock()
         self._base: tuple[int, int] | None = None
-        self._place: Place | None = None
+        self._windows: WindowBatch | None = None
         self._weights: PromptWeights | None = None
         self._projected: dict[Attention, tuple] = {}
 
@@ -94,14 +94,14 @@ class RegionalPrompts:
         if self.regions is None or self._base is None:
             raise ValueError("regions: expected a RegionMap, and base prompts set before, where windows are evaluated")
         device = self.regions.masks.device
-        self._place = Place(plan, rows, plan.tables(device).origins[rows[:, 1].to(device)], progress, view)
+        self._windows = WindowBatch(plan, rows, plan.tables(device).origins[rows[:, 1].to(device)], progress, view)
 
     def set_step(self, context: StepContext) -> None:
         """As `set_windows`, of the windows of a `step.StepContext`; waits for no device."""
         origins: Any = context.origins
         progress = context.step / context.steps
         self.regions = self._given.at(context.size)
-        self._place = Place(context.plan, context.rows, origins, progress, context.view, context.captured)
+        self._windows = WindowBatch(context.plan, context.rows, origins, progress, context.view, context.captured)
 
     def prepare(self, layers: dict[Attention, RegionalAttnProcessor], args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """The arguments with which the network is evaluated in place of these, which say what its layers attend to."""
@@ -125,11 +125,11 @@ class RegionalPrompts:
                 if len(embeddings) != expected:
                     raise ValueError(f"encoder_hidden_states: expected {expected} prompts, got {len(embeddings)}")
                 self.bank.update(embeddings, self._encode or self._encoder(running, scale))
-            place = self._place or self._placed(whole, seen and seen.place, running, frames)
+            windows = self._windows or self._windows_of(whole, seen and seen.place, running, frames)
             if self._weights is None or self._weights.regions is not self.regions:
                 self._weights = PromptWeights(self.regions, self.bank)
             batch = torch.Size((len(sample) * frames, sample.shape[1], *sample.shape[-2:]))
-            layout = self._weights.layout(place, batch, sample.device, self._base)
+            layout = self._weights.layout(windows, batch, sample.device, self._base)
             keys, values = zip(*self._project(layers, scale))
         position = list(signature(self.module).parameters).index("encoder_hidden_states") - 1
         return with_prompts(args, kwargs, position, Attended(layout, keys, values, self.mode))
@@ -142,8 +142,8 @@ class RegionalPrompts:
         lora_scale = scale if running is None else (kwargs or {}).get("scale", 1.0)
         return PipelineEncoder(self._pipe, clip_skip, None if lora_scale == 1.0 else lora_scale)
 
-    def _placed(self, call, windows, running, frames):
-        """The place of a batch of whole canvases, which `call` is of, or of those windows of each (`hosted.Place`)."""
+    def _windows_of(self, call, place, running, frames):
+        """Of a batch of whole canvases, which `call` is of: these, or the windows of each at a `hosted.Place`."""
         sample = call["sample"]
         size = tuple(sample.shape[-2:])
         if self.regions is None or (self._settings and self.regions.latents != size):
@@ -151,22 +151,22 @@ class RegionalPrompts:
             self.regions = RegionMap(
                 self.bank.lists, size[0] * cell, size[1] * cell, device=sample.device, **self._settings
             )
-        branches, progress = self._branches(len(sample), call, running), windows.progress if windows else 0.0
+        branches, progress = self._branches(len(sample), call, running), place.progress if place else 0.0
         elements = len(sample) // len(branches)
-        if self.regions.dynamic and windows is None:  # read only where it matters, as it waits for the GPU
+        if self.regions.dynamic and place is None:  # read only where it matters, as it waits for the GPU
             scheduler = self._scheduler or getattr(self._pipe, "scheduler", None)
             if scheduler is None:
                 raise ValueError("scheduler: expected the one in use, as regions change over the run, got None")
             progress = self._progress(scheduler, call["timestep"], getattr(running, "_num_timesteps", None))
         device = self.regions.masks.device
-        if windows is None:
-            return Place.whole(elements * frames, size, progress, device, branches)
-        each = torch.arange(elements), torch.tensor(windows.numbers), torch.arange(frames)
+        if place is None:
+            return WindowBatch.whole(elements * frames, size, progress, device, branches)
+        each = torch.arange(elements), torch.tensor(place.numbers), torch.arange(frames)
         element, number, frame = torch.cartesian_prod(*each).T
         rows = torch.stack([element * frames + frame, number], dim=1)
-        origins = windows.origins[: len(rows) // frames]  # the same for each of the batch's elements
+        origins = place.origins[: len(rows) // frames]  # the same for each of the batch's elements
         origins = origins.to(device).repeat_interleave(frames, 0)
-        return Place(windows.plan, rows, origins, progress, windows.view, branches=branches)
+        return WindowBatch(place.plan, rows, origins, progress, place.view, branches=branches)
 
     def _branches(self, batch, call, running):
         """Of each part of a batch whether it is conditional: as was said, as the pipeline says, or as alone fits."""

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from instantas.pipelines.attention import RegionalPrompts
 from instantas.pipelines.conditions import MicroConditions, Prompts
 from instantas.pipelines.control import Control
+from instantas.sampling.prediction import cut
 from instantas.sampling.step import StepContext
-from instantas.windows import cut
 
 
 class WindowDenoiser:

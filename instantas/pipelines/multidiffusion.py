@@ -14,8 +14,8 @@ import torch
 from instantas.pipelines.conditions import Prompts, embed
 from instantas.pipelines.denoiser import WindowDenoiser
 from instantas.regions import Region, RegionMap
+from instantas.sampling.prediction import cut
 from instantas.sampling.step import StepContext
-from instantas.windows import cut
 
 BOOTSTRAPPING = 20  # steps, of the authors' 50
 

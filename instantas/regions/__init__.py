@@ -12,7 +12,6 @@ import math
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ import torch.nn.functional as F
 
 from instantas import ops
 from instantas.checks import integer, real
-from instantas.regions.masks import average, box_mask, feather, fit_mask, read_mask
+from instantas.regions.masks import box_mask, feather, fit_mask, over_cells, read_box, read_mask
 from instantas.windows import WindowPlan
 
 MAX_PROMPTS = 64  # for one picture: the base prompt and 63 regions
@@ -85,7 +84,7 @@ class Region:
         if (self.mask is None) == (self.box is None):
             raise ValueError(f"mask: expected either a mask or a box, got {'neither' if self.box is None else 'both'}")
         if self.mask is None:
-            object.__setattr__(self, "box", _box(self.box))
+            object.__setattr__(self, "box", read_box(self.box))
         else:
             object.__setattr__(self, "mask", read_mask(self.mask))
         real("weight", self.weight, 0, above=True)
@@ -138,13 +137,9 @@ class Region:
         """
         if self.feather > min(height, width):
             raise ValueError(f"feather: expected at most {min(height, width)} pixels, got {self.feather}")
-        if self.mask is not None:
-            mask = fit_mask(self.mask, height, width)
-        else:
-            fractions = any(isinstance(side, float) for side in self.box)
-            sides = (width, height, width, height) if fractions else (1, 1, 1, 1)
-            mask = box_mask(tuple(side * length for side, length in zip(self.box, sides)), height, width, wrap)
-        return feather(mask, self.feather, wrap)
+        if self.mask is None:
+            return feather(box_mask(self.box, height, width, wrap), self.feather, wrap)
+        return feather(fit_mask(self.mask, height, width), self.feather, wrap)
 
 
 def load_regions(path: str | os.PathLike) -> list[Region]:
@@ -237,17 +232,12 @@ class RegionMap:
         for picture, regions in enumerate(lists):
             for r, region in enumerate(regions):
                 if region not in drawn:
-                    drawn[region] = self._cells(region.draw(self.height, self.width, self.wrap), cells)
+                    drawn[region] = over_cells(region.draw(self.height, self.width, self.wrap), self.cell, cells)
                 masks[picture, r] = drawn[region]
         put = object.__setattr__
         put(self, "latents", cells)
         put(self, "lists", lists)
         put(self, "masks", masks.to(self.device))
-
-    def _cells(self, mask, cells):
-        mask = average(mask, self.cell)
-        index = [torch.arange(n).clamp(max=length - 1) for n, length in zip(cells, mask.shape)]
-        return mask.index_select(0, index[0]).index_select(1, index[1])
 
     def at(self, latents: tuple[int, int]) -> RegionMap:
         """The same regions on a canvas of so many (rows, columns) cells that shows the same in fewer; kept.
@@ -258,12 +248,8 @@ class RegionMap:
             return self
         if latents not in self._smaller:
             smaller = copy.copy(self)
-            for name, value in dict(
-                latents=latents,
-                masks=F.adaptive_avg_pool2d(self.masks, latents),
-                _latest={},
-                _smaller={},
-            ).items():
+            masks = F.adaptive_avg_pool2d(self.masks, latents)
+            for name, value in dict(latents=latents, masks=masks, _latest={}, _smaller={}).items():
                 object.__setattr__(smaller, name, value)
             self._smaller[latents] = smaller
         return self._smaller[latents]
@@ -408,22 +394,3 @@ def check_blend(base_weight: float, semantic_schedule: str) -> None:
     real("base_weight", base_weight, 0)
     if semantic_schedule not in SCHEDULES:
         raise ValueError(f"semantic_schedule: expected one of {', '.join(SCHEDULES)}, got {semantic_schedule!r}")
-
-
-def _box(box: Any) -> tuple:
-    if isinstance(box, str) or not isinstance(box, Sequence) and not hasattr(box, "tolist"):
-        raise TypeError(f"box: expected (left, top, right, bottom), got {box!r}")
-    sides = tuple(box.tolist() if hasattr(box, "tolist") else box)
-    if len(sides) != 4:
-        raise ValueError(f"box: expected (left, top, right, bottom), got {len(sides)} numbers")
-    for side in sides:
-        real("box", side)
-    left, top, right, bottom = sides
-    if left >= right or top >= bottom:
-        raise ValueError(f"box: expected left < right and top < bottom, got {sides}")
-    if not all(isinstance(side, Integral) for side in sides) or max(map(abs, sides)) <= 1:
-        sides = tuple(float(side) for side in sides)
-        if min(sides) < -1 or max(sides) > 2:
-            raise ValueError(f"box: expected fractions from 0 to 1 (write pixels as integers), got {sides}")
-        return sides
-    return tuple(int(side) for side in sides)

@@ -1,4 +1,4 @@
-"""Masks: reading them from anything that holds one, drawing boxes, fitting, feathering and averaging them.
+"""Masks: reading them from anything that holds one, boxes, fitting, feathering and averaging them.
 
 A mask is float32 (height, width) in 0..1 and is never binarised.
 """
@@ -6,11 +6,15 @@ A mask is float32 (height, width) in 0..1 and is never binarised.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+
+from instantas.checks import real
 
 
 def read_mask(mask: Any) -> torch.Tensor:
@@ -81,15 +85,43 @@ def _checked(values: np.ndarray, opacity: np.ndarray | None = None) -> torch.Ten
     return mask.float()
 
 
+def read_box(box: Any) -> tuple[int, ...] | tuple[float, ...]:
+    """(left, top, right, bottom) as four integers, which are pixels, or as four floats, fractions of the canvas.
+
+    Fractions where one of the four is no integer, and where none is above 1.
+
+    Raises:
+        TypeError, ValueError: for what are no four numbers, no side before the other, fractions far outside of 0 to 1.
+    """
+    if isinstance(box, str) or not isinstance(box, Sequence) and not hasattr(box, "tolist"):
+        raise TypeError(f"box: expected (left, top, right, bottom), got {box!r}")
+    sides = tuple(box.tolist() if hasattr(box, "tolist") else box)
+    if len(sides) != 4:
+        raise ValueError(f"box: expected (left, top, right, bottom), got {len(sides)} numbers")
+    for side in sides:
+        real("box", side)
+    left, top, right, bottom = sides
+    if left >= right or top >= bottom:
+        raise ValueError(f"box: expected left < right and top < bottom, got {sides}")
+    if not all(isinstance(side, Integral) for side in sides) or max(map(abs, sides)) <= 1:
+        sides = tuple(float(side) for side in sides)
+        if min(sides) < -1 or max(sides) > 2:
+            raise ValueError(f"box: expected fractions from 0 to 1 (write pixels as integers), got {sides}")
+        return sides
+    return tuple(int(side) for side in sides)
+
+
 def box_mask(box: tuple, height: int, width: int, wrap: tuple[bool, bool] = (False, False)) -> torch.Tensor:
-    """float32 (height, width): the share of each pixel inside a box (left, top, right, bottom), in pixels.
+    """float32 (height, width): the share of each pixel inside a box, as `read_box` gives it.
 
     On an axis that wraps, the box may reach over the border, and is continued on the other side.
 
     Raises:
         ValueError: for a box that reaches outside on an axis that does not wrap, or more than once round one that does.
     """
-    left, top, right, bottom = box
+    fractions = any(isinstance(side, float) for side in box)
+    units = (width, height, width, height) if fractions else (1, 1, 1, 1)
+    left, top, right, bottom = (side * unit for side, unit in zip(box, units))
     rows = _interval(top, bottom, height, wrap[0], "vertical")
     columns = _interval(left, right, width, wrap[1], "horizontal")
     return torch.outer(rows, columns).float()
@@ -147,3 +179,10 @@ def average(mask: torch.Tensor, side: int) -> torch.Tensor:
     flat = mask.reshape(-1, 1, *mask.shape[-2:])
     flat = F.avg_pool2d(flat, side, ceil_mode=True, count_include_pad=False)
     return flat.reshape(*mask.shape[:-2], *flat.shape[-2:])
+
+
+def over_cells(mask: torch.Tensor, side: int, cells: Sequence[int]) -> torch.Tensor:
+    """(h, w) -> (rows, columns) `cells` of `side` pixels each: means; cells beyond the mask continue its edge."""
+    mask = average(mask, side)
+    rows, columns = (torch.arange(n).clamp(max=length - 1) for n, length in zip(cells, mask.shape))
+    return mask.index_select(0, rows).index_select(1, columns)

@@ -17,7 +17,7 @@ TILE = 64  # queries of a feature map that attention takes at once: so few have 
 KEPT = 64  # layouts at most
 
 
-class Place(NamedTuple):
+class WindowBatch(NamedTuple):
     """Which windows a batch is of, and when.
 
     Attributes:
@@ -41,7 +41,7 @@ class Place(NamedTuple):
     @classmethod
     def whole(
         cls, pictures: int, size: tuple[int, int], progress: float, device: torch.device, branches: Any = None
-    ) -> Place:
+    ) -> WindowBatch:
         """So many whole canvases of (rows, columns) cells."""
         rows = torch.stack([torch.arange(pictures), torch.zeros(pictures, dtype=torch.int64)], dim=1)
         origins = torch.zeros(pictures, 2, dtype=torch.int32, device=device)
@@ -95,42 +95,42 @@ class PromptWeights:
         self._placed: dict[tuple, tuple] = {}
 
     def layout(
-        self, place: Place, batch: torch.Size, device: torch.device, base: tuple[int, int] | None = None
+        self, windows: WindowBatch, batch: torch.Size, device: torch.device, base: tuple[int, int] | None = None
     ) -> Layout:
-        """The layout of a batch [uncond, cond] of the place's windows, [cond], or of `place.branches`.
+        """The layout of a batch [uncond, cond] of the windows, [cond], or of `windows.branches`.
 
         What is captured is laid out by the graph itself, every time.
 
         Args:
             batch: (B, C, h, w).
             base: (pictures, branches) of which the bank has base prompts, branches with the conditional one first;
-                None: those of [uncond, cond] or [cond] of the place's pictures, as they come in the batch.
+                None: those of [uncond, cond] or [cond] of the windows' pictures, as they come in the batch.
 
         Raises:
             ValueError: for a batch that is not of the windows, and for numbers of pictures that do not fit.
         """
-        (h, w), elements, windows = tuple(batch[-2:]), batch[0], len(place.rows)
-        branches = place.branches or ((False, True) if elements == 2 * windows else (True,))
-        if place.plan.window != (h, w) or elements != len(branches) * windows:
-            expected = f"{windows} windows of {place.plan.window}, or twice as many with the unconditional ones first"
-            if place.branches:
-                expected = f"{len(branches)} times {windows} windows of {place.plan.window}"
+        (h, w), elements, count = tuple(batch[-2:]), batch[0], len(windows.rows)
+        branches = windows.branches or ((False, True) if elements == 2 * count else (True,))
+        if windows.plan.window != (h, w) or elements != len(branches) * count:
+            expected = f"{count} windows of {windows.plan.window}, or twice as many with the unconditional ones first"
+            if windows.branches:
+                expected = f"{len(branches)} times {count} windows of {windows.plan.window}"
             raise ValueError(f"sample: expected {expected}, got {elements} of {(h, w)}")
-        weights = self.regions.weights(place.progress)
-        if place.captured:
-            return self._made(place, branches, device, base)
-        where = self.bank.version, place.plan, place.view, weights, branches, device
+        weights = self.regions.weights(windows.progress)
+        if windows.captured:
+            return self._made(windows, branches, device, base)
+        where = self.bank.version, windows.plan, windows.view, weights, branches, device
         laid_out = *where, base, torch.is_inference_mode_enabled()  # whose tensors are of no use outside of it
         if self._laid_out != laid_out or len(self._layouts) == KEPT:
             self._laid_out, self._layouts = laid_out, {}
-        rows = tuple(place.rows.flatten().tolist())
+        rows = tuple(windows.rows.flatten().tolist())
         if rows not in self._layouts:
-            self._layouts[rows] = self._made(place, branches, device, base)
+            self._layouts[rows] = self._made(windows, branches, device, base)
         return self._layouts[rows]
 
-    def _made(self, place, branches, device, base):
-        ids, slots, lists = self._attended(place.rows, branches, device, base)
-        shares = self.regions.windows_at(place.plan, lists, place.origins, place.progress, place.view)
+    def _made(self, windows, branches, device, base):
+        ids, slots, lists = self._attended(windows.rows, branches, device, base)
+        shares = self.regions.windows_at(windows.plan, lists, windows.origins, windows.progress, windows.view)
         shares = shares.to(device).repeat(len(branches), 1, 1, 1)
         weights = torch.einsum("brs,brhw->bshw", slots, shares.double()).float().contiguous()
         return Layout.of(ids, weights, self.bank.lengths)

@@ -22,8 +22,8 @@ from instantas.sampling.evaluator import Batches
 from instantas.sampling.fingerprint import digests
 from instantas.sampling.noise import Level
 from instantas.sampling.parallel import joined, shared
-from instantas.sampling.prediction import Prediction, predict
-from instantas.windows import WEIGHT_KINDS, WindowPlan, cut
+from instantas.sampling.prediction import Prediction, cut, predict
+from instantas.windows import WEIGHT_KINDS, WindowPlan
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from instantas.sampling.checkpoint import get_state, packed, set_state, unpacked
 from instantas.sampling.evaluator import Evaluator
 from instantas.sampling.fingerprint import differing, digest, digests
-from instantas.windows import WindowPlan, cut
+from instantas.sampling.prediction import cut
+from instantas.windows import WindowPlan
 
 P = ParamSpec("P")
 T = TypeVar("T")

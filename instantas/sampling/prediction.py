@@ -103,3 +103,17 @@ def predict(
         return Prediction(branches[0], branches[1] if len(branches) > 1 else None, plan, weight)
     cond, *uncond = (view.invert(ops.scatter_windows(p, plan)) for p in branches)
     return Prediction.of_canvas(cond, uncond[0] if uncond else None, view.whole)
+
+
+def cut(images: torch.Tensor, pictures: torch.Tensor, origins: torch.Tensor, window: tuple[int, int]) -> torch.Tensor:
+    """(m, C, h, w): windows of images (B, C, H, W), going on round the far edges.
+
+    pictures (m,) and origins (m, 2), the (y, x) of each window, are integers on the images' device.
+    """
+    height, width = images.shape[-2:]
+    y, x = (
+        (origins[:, axis, None].long() + torch.arange(side, device=images.device)) % length
+        for axis, (side, length) in enumerate(zip(window, (height, width)))
+    )
+    rows = images.movedim(1, -1)[pictures[:, None, None], y[:, :, None], x[:, None, :]]
+    return rows.movedim(-1, 1).contiguous()

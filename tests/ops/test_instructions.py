@@ -18,7 +18,7 @@ from instantas.bench import cases
 from instantas.ops import cpu
 from instantas.regions import Region, RegionMap
 from instantas.regions.prompts import PromptBank
-from instantas.regions.weights import Place, PromptWeights
+from instantas.regions.weights import PromptWeights, WindowBatch
 from instantas.sampling.bridging import Stage, bridge, evaluations
 from instantas.sampling.sampler import sample
 from instantas.testing.tiny import scheduler
@@ -167,7 +167,7 @@ def test_weights_of_windows_that_moved_are_one_gather():
     for step in (2, 3, 4):
         moved = bridge("default").step(step, 12, plan).plan
         rows = torch.cartesian_prod(torch.arange(1), torch.arange(moved.count))
-        places.append(Place(moved, rows, moved.tables(device).origins, step / 12))
+        places.append(WindowBatch(moved, rows, moved.tables(device).origins, step / 12))
     with Calls() as calls:
         for place in places:
             weights.layout(place, (2 * len(place.rows), 4, 16, 16), device, (1, 2))

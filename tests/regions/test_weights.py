@@ -12,7 +12,7 @@ from instantas.ops.backend import BACKENDS
 from instantas.pipelines.pipeline import InstantASPipeline
 from instantas.regions import Region, RegionMap, weights
 from instantas.regions.prompts import PromptBank
-from instantas.regions.weights import Place, PromptWeights
+from instantas.regions.weights import PromptWeights, WindowBatch
 from instantas.testing import recorded, tiny
 
 SOFT = torch.rand(64, 64, generator=torch.Generator().manual_seed(0))
@@ -39,8 +39,8 @@ def test_prompts_of_different_lengths_where_they_mix(mode, lengths):
     )
     bank = PromptBank(regions.lists)
     bank.update(base[None])
-    place = Place.whole(1, (8, 8), 0.0, torch.device("cpu"))
-    layout = PromptWeights(regions, bank).layout(place, (1, 4, 8, 8), torch.device("cpu"))
+    whole = WindowBatch.whole(1, (8, 8), 0.0, torch.device("cpu"))
+    layout = PromptWeights(regions, bank).layout(whole, (1, 4, 8, 8), torch.device("cpu"))
     query = torch.randn(64, 16, generator=torch.Generator().manual_seed(9))
     keys = bank.embeddings[:, :, None]
     how = dict(mode=mode, lengths=layout.lengths)
