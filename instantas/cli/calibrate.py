@@ -8,7 +8,15 @@ import click
 
 from instantas.checks import real
 from instantas.cli.model import load
-from instantas.cli.options import SCHEDULERS, device_option, dtype_option, window_batch_option
+from instantas.cli.options import (
+    SEED,
+    device_option,
+    dtype_option,
+    guidance_option,
+    scheduler_option,
+    steps_option,
+    window_batch_option,
+)
 from instantas.files import check_writable
 from instantas.sampling.calibration import SHARE
 
@@ -19,10 +27,10 @@ SETTING = "coarse_sigma"
 @click.argument("model")
 @click.option("--prompt", "prompts", multiple=True, help="What is painted to measure on, repeatable; by default four.")
 @click.option("--pictures", type=click.IntRange(1), default=2, show_default=True, help="Of each prompt.")
-@click.option("--steps", type=click.IntRange(1), help="Scheduler steps; by default the model's own number, else 50.")
-@click.option("--guidance", type=float, help="Guidance scale; by default the model's own, else 7.5.")
-@click.option("--scheduler", type=click.Choice(sorted(SCHEDULERS)), help="By default the model's own.")
-@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True)
+@steps_option
+@guidance_option
+@scheduler_option
+@click.option("--seed", type=SEED, default=0, show_default=True)
 @click.option("--scale", type=float, default=2.0, show_default=True, help="Times as long as the small canvas's side.")
 @window_batch_option
 @dtype_option

@@ -20,12 +20,16 @@ from instantas.cli.like import check_beside, check_unchanged, is_given, replace_
 from instantas.cli.model import check_words, load
 from instantas.cli.options import (
     OUTPUT,
-    SCHEDULERS,
     Sides,
     Size,
     device_option,
     dtype_option,
     force_option,
+    guidance_option,
+    negative_option,
+    scheduler_option,
+    seed_option,
+    steps_option,
     window_batch_option,
     wrap_option,
 )
@@ -49,9 +53,9 @@ STRENGTH = 0.8  # as in diffusers' img2img
     "--model",
     help="Hub id, folder in diffusers' layout or checkpoint file; by default the small model that comes along.",
 )
-@click.option("--steps", type=click.IntRange(1), help="Scheduler steps; by default the model's own number, else 50.")
-@click.option("--seed", type=click.IntRange(0, 2**63 - 1), help="By default a random one, which is printed.")
-@click.option("--guidance", type=float, help="Guidance scale; by default the model's own, else 7.5.")
+@steps_option
+@seed_option
+@guidance_option
 @click.option(
     "--guidance-interval",
     type=(float, float),
@@ -60,8 +64,8 @@ STRENGTH = 0.8  # as in diffusers' img2img
     show_default=True,
     help="Part of the run with guidance, as two fractions; elsewhere the prompt alone is evaluated.",
 )
-@click.option("--scheduler", type=click.Choice(sorted(SCHEDULERS)), help="By default the model's own.")
-@click.option("--negative", metavar="PROMPT", help="What the picture should not show.")
+@scheduler_option
+@negative_option
 @wrap_option
 @click.option("--image", type=click.Path(path_type=Path), help="A picture to start from, whose size is the default.")
 @click.option(

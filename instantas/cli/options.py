@@ -1,4 +1,4 @@
-"""What the commands' options share: their types, and the names of schedulers and dtypes."""
+"""What the commands share: options, their types, and the names of schedulers and dtypes."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ SCHEDULERS: dict[
     "unipc": ("UniPCMultistepScheduler", {}),
 }
 OUTPUT = "PNG, JPEG, WebP or TIFF by its ending; TIFF of more than 8192x8192 px is written as it is decoded."
+SEED = click.IntRange(0, 2**63 - 1)
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -91,6 +92,15 @@ class Device(click.ParamType):
         return value
 
 
+steps_option = click.option(
+    "--steps", type=click.IntRange(1), help="Scheduler steps; by default the model's own number, else 50."
+)
+seed_option = click.option("--seed", type=SEED, help="By default a random one, which is printed.")
+guidance_option = click.option("--guidance", type=float, help="Guidance scale; by default the model's own, else 7.5.")
+scheduler_option = click.option(
+    "--scheduler", type=click.Choice(sorted(SCHEDULERS)), help="By default the model's own."
+)
+negative_option = click.option("--negative", metavar="PROMPT", help="What the picture should not show.")
 wrap_option = click.option("--wrap", type=Wrap(), default=(False, False), help="Axes that close to a circle.")
 window_batch_option = click.option(
     "--window-batch", type=click.IntRange(1), default=4, show_default=True, help="Windows per network call."

@@ -20,10 +20,14 @@ from instantas.cli.like import check_beside, check_unchanged, resume_option
 from instantas.cli.model import check_words, load
 from instantas.cli.options import (
     OUTPUT,
-    SCHEDULERS,
     device_option,
     dtype_option,
     force_option,
+    guidance_option,
+    negative_option,
+    scheduler_option,
+    seed_option,
+    steps_option,
     window_batch_option,
 )
 from instantas.cli.pictures import check_output, check_size, read_picture
@@ -39,11 +43,11 @@ from instantas.sampling.settings import set_timesteps
 @click.option("--prompt", default="", help="What the picture shows.")
 @click.option("--strength", type=float, default=0.35, show_default=True, help="Part of the steps: how much is made up.")
 @click.option("--model", help="As of generate; by default the small model that comes along.")
-@click.option("--steps", type=click.IntRange(1), help="Scheduler steps; by default the model's own number, else 50.")
-@click.option("--seed", type=click.IntRange(0, 2**63 - 1), help="By default a random one, which is printed.")
-@click.option("--guidance", type=float, help="Guidance scale; by default the model's own, else 7.5.")
-@click.option("--scheduler", type=click.Choice(sorted(SCHEDULERS)), help="By default the model's own.")
-@click.option("--negative", metavar="PROMPT", help="What the picture should not show.")
+@steps_option
+@seed_option
+@guidance_option
+@scheduler_option
+@negative_option
 @click.option("--bridging", default=DEFAULT, show_default=True, metavar="NAME[+NAME]", help="As of generate.")
 @window_batch_option
 @dtype_option
