@@ -97,13 +97,15 @@ class Hooks(Shared):
         if options.get("model_function_wrapper") != self.network:
             raise ValueError("model: expected Windows after all nodes that wrap the model's function, got one after it")
         if any("nodes_sag" in getattr(f, "__module__", "") for f in options.get("sampler_post_cfg_function", ())):
-            raise ValueError("model: expected no Self-Attention Guidance, which reads attention to the whole canvas")
+            raise ValueError(
+                "model: expected no Self-Attention Guidance, which reads attention to the whole canvas, got one with it"
+            )
         deferred = [group and [self._deferred(cond) for cond in group] for group in conds]
         return executor(model, deferred, x, timestep, options, *rest)
 
     def _deferred(self, cond):
         if "gligen" in cond:
-            raise ValueError("conditioning: expected no GLIGEN boxes, which lie on the whole canvas")
+            raise ValueError("conditioning: expected no GLIGEN boxes, which lie on the whole canvas, got some")
         control = cond.get("control")
         if control is None:
             return cond

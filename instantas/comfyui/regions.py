@@ -92,7 +92,9 @@ class Regions:
         if mode not in MODES:
             raise ValueError(f"mode: expected 'blend' or 'joint', got {mode!r}")
         if model.model_options.get("transformer_options", {}).get("patches_replace", {}).get("attn2"):
-            raise ValueError("model: expected cross-attention that no other node replaces (IP-Adapter, Regions)")
+            raise ValueError(
+                "model: expected cross-attention that no other node replaces (IP-Adapter, Regions), got one that is"
+            )
         model = model.clone()
         hooks = RegionHooks(regions, mode, base_weight)
         model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, ATTENDED, hooks.sample)
@@ -129,7 +131,9 @@ class RegionHooks(Shared):
         if "positive" not in conds:
             raise ValueError(f"guider: expected one with positive conditions, got {', '.join(conds) or 'none'}")
         if any(cond.get("area") or cond.get("set_area_to_bounds") for group in conds.values() for cond in group):
-            raise ValueError("conditioning: expected no areas beside regions; masks may be, and Region has one")
+            raise ValueError(
+                "conditioning: expected no areas beside regions, got some; masks may be, and Region has one"
+            )
         self._lengths = {cond["uuid"]: cond["cross_attn"].shape[1] for cond in conds["positive"]}
         self._sigmas = sigmas
         try:

@@ -166,7 +166,10 @@ def check_texts(pipe: Any, texts: dict) -> None:
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
     if not is_xl(pipe) and (unfit := [n for n, v in texts.items() if v is not None and ("_2" in n or "pooled" in n)]):
-        raise ValueError(f"{unfit[0]}: expected None, as the model has one text encoder and no pooled embeddings")
+        raise ValueError(
+            f"{unfit[0]}: expected None, as the model has one text encoder and no pooled embeddings, got "
+            f"{texts[unfit[0]]!r:.60}"
+        )
     for prefix in ("", "negative_"):
         embeds = texts[f"{prefix}prompt_embeds"]
         for name in (f"{prefix}prompt", f"{prefix}prompt_2"):
@@ -237,7 +240,10 @@ def check_encoders(pipe: Any, texts: dict, guided: bool, clip_skip: Any) -> None
         if texts["prompt"] is not None and clip_skip > layers:
             raise ValueError(f"clip_skip: expected at most {layers}, as the text encoder has no more, got {clip_skip}")
     if not encoders and texts["prompt"] is not None:
-        raise ValueError("prompt: expected prompt_embeds in its place, as the pipeline has no text encoder")
+        raise ValueError(
+            "prompt: expected prompt_embeds in its place, as the pipeline has no text encoder, got "
+            f"{texts['prompt']!r:.60}"
+        )
     zeros = is_xl(pipe) and texts["negative_prompt"] is None and pipe.config.force_zeros_for_empty_prompt
     if not guided or texts["prompt_embeds"] is None or texts["negative_prompt_embeds"] is not None or zeros:
         return

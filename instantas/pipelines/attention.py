@@ -92,7 +92,11 @@ class RegionalPrompts:
             view: what the windows are cut from (`instantas.sampling.bridging.View`); None: the canvas.
         """
         if self.regions is None or self._base is None:
-            raise ValueError("regions: expected a RegionMap, and base prompts set before, where windows are evaluated")
+            missing = "RegionMap" if self.regions is None else "base prompts"
+            raise ValueError(
+                "regions: expected a RegionMap, and base prompts set before, where windows are evaluated, got no "
+                f"{missing}"
+            )
         device = self.regions.masks.device
         self._windows = WindowBatch(plan, rows, plan.tables(device).origins[rows[:, 1].to(device)], progress, view)
 
@@ -281,8 +285,11 @@ def regional_prompts(
         if (base_weight, semantic_schedule) != (0.0, "constant"):
             raise ValueError("base_weight: expected to be said where the RegionMap is made, got both")
     else:
-        if any(region.guidance_scale is not None for entries in region_lists(regions) for region in entries):
-            raise ValueError("guidance_scale: expected None, as guidance is applied outside of the network")
+        scales = [region.guidance_scale for entries in region_lists(regions) for region in entries]
+        if own := [scale for scale in scales if scale is not None]:
+            raise ValueError(
+                f"guidance_scale: expected None, as guidance is applied outside of the network, got {own[0]}"
+            )
         cell = cell or (8 if pipe is None else pipe.vae_scale_factor)
         settings = dict(cell=cell, base_weight=base_weight, semantic_schedule=semantic_schedule)
     if classifier_free_guidance is None and pipe is None:

@@ -104,7 +104,9 @@ def adapter_embeds(
             f"loaded, got {'neither' if image is None else 'both'}"
         )
     if image is not None and getattr(pipe, "image_encoder", None) is None:
-        raise ValueError("ip_adapter_image: expected ip_adapter_image_embeds, as the pipeline has no image_encoder")
+        raise ValueError(
+            "ip_adapter_image: expected ip_adapter_image_embeds, as the pipeline has no image_encoder, got a picture"
+        )
     name, value = ("ip_adapter_image", image) if embeds is None else ("ip_adapter_image_embeds", embeds)
     if embeds is not None and not (isinstance(embeds, list) and all(_has_axes(e, 3, 4) for e in embeds)):
         raise TypeError(f"{name}: expected a list of tensors of 3 or 4 axes, got {embeds!r:.80}")
@@ -148,7 +150,7 @@ def adapter_masks(
     if masks is None:
         return None
     if pipe.unet.config.encoder_hid_dim_type is None:
-        raise ValueError("cross_attention_kwargs: expected no ip_adapter_masks, as no IP-Adapter is loaded")
+        raise ValueError("cross_attention_kwargs: expected no ip_adapter_masks, as no IP-Adapter is loaded, got some")
     masks = masks if isinstance(masks, list) else list(masks.unsqueeze(1))
     fitted = []
     for mask in masks:

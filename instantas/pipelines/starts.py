@@ -37,8 +37,8 @@ def roles(
             raise ValueError("control_image: expected None without strength, as image is the ControlNet's, got one")
         return None, None, upright(image), None
     if image is None or latents is not None:
-        given = "strength" if mask_image is None else "mask"
-        raise ValueError(f"image: expected a picture in place of latents, as there is a {given}")
+        given, got = "strength" if mask_image is None else "mask", "none" if image is None else "both"
+        raise ValueError(f"image: expected a picture in place of latents, as there is a {given}, got {got}")
     if not callable(getattr(pipe.scheduler, "add_noise", None)):
         raise ValueError(f"scheduler: expected one with add_noise beside image, got {type(pipe.scheduler).__name__}")
     if control_image is None and getattr(pipe, "controlnet", None) is not None:

@@ -156,7 +156,7 @@ def load_regions(path: str | os.PathLike) -> list[Region]:
     except (OSError, ValueError) as error:
         raise ValueError(f"regions: expected a JSON file, got {str(path)!r} ({error})") from error
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        raise ValueError(f"regions: expected a list of objects in {str(path)!r}")
+        raise ValueError(f"regions: expected a list of objects in {str(path)!r}, got {entries!r:.40}")
     names = [name for name in Region.__dataclass_fields__ if not name.endswith("embeds")]
     regions = []
     for number, entry in enumerate(entries, 1):

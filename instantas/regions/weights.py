@@ -159,7 +159,9 @@ class PromptWeights:
 def _elements(pictures, lists, branches, base, count):
     """(base prompt, list of regions, whether conditional) of each element of the batch."""
     if base is not None and base[1] < len(branches):
-        raise ValueError("sample: expected conditional windows alone, as there is no negative prompt")
+        raise ValueError(
+            "sample: expected conditional windows alone, as there is no negative prompt, got unconditional ones too"
+        )
     elements = []
     for branch, conditional in enumerate(branches):
         for picture, regions in zip(pictures, lists):
