@@ -271,7 +271,7 @@ def speed(laps: int) -> dict:
 def report() -> str:
     """Tables of what is known so far, in Markdown."""
     known = json.loads(RESULTS.read_text())
-    lines = ["# Regions, measured", "", "Made by `python -m bench.regions`."]
+    lines = ["# Regions, measured", "", "Made by `python -m bench.regions --sheet --speed`."]
     painted = [r for r in known.values() if "fidelity" in r]
     if painted:
         lines += [
