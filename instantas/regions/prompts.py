@@ -207,14 +207,6 @@ def warn_of_cut(pipe: Any, texts: list[str]) -> None:
                 )
 
 
-def encode_prompts(
-    pipe: Any, texts: list[str], *, clip_skip: int | None = None, lora_scale: float | None = None
-) -> torch.Tensor:
-    """(prompts, L, D) embeddings by a pipeline's text encoders, without gradients; warns as `warn_of_cut`."""
-    warn_of_cut(pipe, texts)
-    return PipelineEncoder(pipe, clip_skip, lora_scale)(texts)
-
-
 def _embedded(encode, texts):
     if encode is None:
         raise ValueError("encode: expected a pipeline, or a function that embeds the regions' prompts, got neither")

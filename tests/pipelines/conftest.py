@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from instantas.regions.prompts import encode_prompts
+from instantas.regions.prompts import PipelineEncoder
 from instantas.testing import tiny
 from tests.pipelines.attending import WORDS
 
@@ -12,7 +12,7 @@ from tests.pipelines.attending import WORDS
 def text():
     """Text -> its embedding (1, 16, 32)."""
     pipe = tiny.tiny_pipeline()
-    embedded = {word: encode_prompts(pipe, [word]) for word in (*WORDS, "", "stone")}
+    embedded = {word: PipelineEncoder(pipe)([word]) for word in (*WORDS, "", "stone")}
     return lambda *texts: torch.cat([embedded[t] for t in texts])
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from instantas.regions import Region
-from instantas.regions.prompts import PromptBank, encode_prompts
+from instantas.regions.prompts import PipelineEncoder, PromptBank, warn_of_cut
 from instantas.testing import tiny
 
 ALL = (0.0, 0.0, 1.0, 1.0)
@@ -95,7 +95,7 @@ def pipe():
 
 
 def test_encoded_as_the_pipeline_does(pipe):
-    embedded = encode_prompts(pipe, ["red brick wall", "grass"])
+    embedded = PipelineEncoder(pipe)(["red brick wall", "grass"])
     expected = [pipe.encode_prompt(text, "cpu", 1, False)[0] for text in ("red brick wall", "grass")]
     assert torch.allclose(embedded, torch.cat(expected), atol=1e-6) and not embedded.requires_grad
 
@@ -104,16 +104,16 @@ def test_two_encoders():
     pipe = tiny.tiny_xl_pipeline()
     expected = pipe.encode_prompt("red grass", device="cpu", do_classifier_free_guidance=False)[0]
     assert expected.shape == (1, 16, 64)
-    assert torch.equal(encode_prompts(pipe, ["red grass"]), expected)
+    assert torch.equal(PipelineEncoder(pipe)(["red grass"]), expected)
 
 
 def test_words_past_the_limit_are_named(pipe):
     fits = " ".join(["grass"] * 14)  # of 16 tokens two mark start and end
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        encode_prompts(pipe, [fits])
+        warn_of_cut(pipe, [fits])
     with pytest.warns(UserWarning, match="^prompt: expected at most 14 tokens, got 16; cut off: 'blue sky'$"):
-        encode_prompts(pipe, ["red", fits + " blue sky"])
+        warn_of_cut(pipe, ["red", fits + " blue sky"])
 
 
 @pytest.mark.parametrize("lengths", [[7], [0, 3], [8, 7], [7, -2], [7, 7, 7]])
