@@ -18,7 +18,7 @@ from instantas.plots import save_figure
 RESULTS = Path(__file__).parent / "results"
 DEVICES = {"cpu": "CPU", "cuda": "GPU"}
 COMMANDS = {
-    "operations": "python -m pytest bench",
+    "operations": "python -m bench.operations",
     "scaling": "python -m bench.scaling",
     "end-to-end": "python -m bench.end_to_end",
     "modes": "python -m bench.modes",

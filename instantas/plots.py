@@ -10,7 +10,11 @@ from .files import whole_file
 
 
 def save_figure(figure: Any, path: str | os.PathLike) -> None:
-    """Write a matplotlib figure whole or not at all; the format follows the ending of the path."""
+    """Write a matplotlib figure whole or not at all; the format follows the ending of the path.
+
+    Raises:
+        ValueError: for an ending that is no picture's, and a path that cannot be written.
+    """
     ending = Path(path).suffix.lstrip(".")
     if ending not in figure.canvas.get_supported_filetypes():
         raise ValueError(f"path: expected a picture ending such as .png, .svg or .pdf, got {str(path)!r}")

@@ -267,7 +267,7 @@ class WindowPlan:
 
         uniform: 1. linear: a ramp from each edge to the middle. cosine: half a period of a sine over each axis.
         gaussian: variance 0.01 of the window's length, as is usual for latent tiles. Always float32: in half precision
-        the Gaussian is 0 in the window's corners.
+        the Gaussian is 0 in the window's corners. ValueError for another kind.
         """
         with torch.inference_mode(False):
             return torch.outer(*(_axis_weight(kind, length) for length in self.window)).float()

@@ -102,10 +102,9 @@ class RegionalPrompts:
 
     def set_step(self, context: StepContext) -> None:
         """As `set_windows`, of the windows of a `step.StepContext`; waits for no device."""
-        origins: Any = context.origins
-        progress = context.step / context.steps
+        plan, rows, origins, view = context.plan, context.rows, context.origins, context.view
         self.regions = self._given.at(context.size)
-        self._windows = WindowBatch(context.plan, context.rows, origins, progress, context.view, context.captured)
+        self._windows = WindowBatch(plan, rows, origins, context.step / context.steps, view, context.captured)
 
     def prepare(self, layers: dict[Attention, RegionalAttnProcessor], args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """The arguments with which the network is evaluated in place of these, which say what its layers attend to."""
