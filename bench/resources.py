@@ -48,8 +48,11 @@ class Usage(NamedTuple):
     shared: int  # bytes per block
 
 
-def cases(full: bool = True) -> Iterator[tuple[str, Callable[[], object]]]:
-    """(name, call): the calls that launch every Triton kernel in every shape of its configuration."""
+def cases(full: bool = True, partial: bool = True) -> Iterator[tuple[str, Callable[[], object]]]:
+    """(name, call): the calls that launch every Triton kernel in every shape of its configuration.
+
+    partial: also those to which not all is given; their kernels are parts of the others'.
+    """
     for name in DTYPES if full else ("fp32", "bf16"):
         for align, plan in (("aligned", WindowPlan.minimum_coverage(128, 128, 64)), ("odd", _odd_plan())):
             if full or align == "aligned":
@@ -57,7 +60,7 @@ def cases(full: bool = True) -> Iterator[tuple[str, Callable[[], object]]]:
     for name, depth in ATTENTION if full else ATTENTION[:3]:
         for mode in ("blend", "joint"):
             yield f"{name} D={depth} {mode}", _attention_case(DTYPES[name], depth, mode == "joint")
-    for mode in ("blend", "joint"):  # what is not given must compile too, and has a launch of its own
+    for mode in ("blend", "joint") if partial else ():  # must compile too, and has a launch of its own
         for ordered in (True, False):
             case = _attention_case(torch.bfloat16, 64, mode == "joint", ordered, lengths=False)
             yield f"bf16 D=64 {mode}, {'ordered' if ordered else 'raster order'}, whole prompts", case
@@ -148,9 +151,9 @@ def compiled(kernel, arguments, keywords, architecture: int):
     return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
 
 
-def triton_usage(full: bool = True, architectures=ARCHITECTURES) -> Iterator[Usage]:
+def triton_usage(full: bool = True, partial: bool = True, architectures=ARCHITECTURES) -> Iterator[Usage]:
     """What every Triton kernel uses; `full=False`: a choice of shapes that reaches every kernel."""
-    for case, call in cases(full):
+    for case, call in cases(full, partial):
         for kernel, arguments, keywords in launches(call):
             for architecture in architectures:
                 binary = compiled(kernel, arguments, keywords, architecture)
