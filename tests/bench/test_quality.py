@@ -15,6 +15,7 @@ data = pytest.importorskip("skimage.data")
 WINDOW = 128
 
 
+@functools.cache
 def photograph(name):
     picture = getattr(data, name)() / 255
     return picture[..., :3] if picture.ndim == 3 else np.repeat(picture[..., None], 3, axis=2)
