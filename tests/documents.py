@@ -5,10 +5,12 @@
 The README's calls take one step each; nothing else is changed.
 """
 
+import contextlib
 import re
 import runpy
 import shlex
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
@@ -34,23 +36,35 @@ def commands(page: Path) -> list[list[str]]:
     return [arguments for arguments in found if "--model" not in arguments]
 
 
-def run_readme(page: Path) -> None:
-    """Its Python blocks one after the other, then its commands."""
+@contextlib.contextmanager
+def one_step() -> Iterator[None]:
+    """Calls of the pipeline take one."""
     call = InstantASPipeline.__call__
 
     def quick(self, *arguments, **settings):
         few = {"num_inference_steps": 1, "strength": None if settings.get("strength") is None else 1.0}
         return call(self, *arguments, **settings | few)
 
+    with mock.patch.object(InstantASPipeline, "__call__", quick):
+        yield
+
+
+@one_step()
+def run_blocks(page: Path) -> None:
+    """The README's Python blocks one after the other."""
     cond, uncond, latents = *torch.zeros(2, 1, 4, 4, 64, 64), torch.ones(1, 4, 64, 256)
     names = dict(cond=cond, uncond=uncond, latents=latents, a=0.5, b=1.0)  # what a reader has of their own
-    with mock.patch.object(InstantASPipeline, "__call__", quick):
-        for block, size in zip(blocks(page, "python"), SIZES, strict=True):
-            exec(block, names)
-            assert size is None or names["image"].size == size
-        assert (names["latents"] == 0.5).all()
-        for arguments in commands(page):
-            main(arguments)
+    for block, size in zip(blocks(page, "python"), SIZES, strict=True):
+        exec(block, names)
+        assert size is None or names["image"].size == size
+    assert (names["latents"] == 0.5).all()
+
+
+@one_step()
+def run_commands(page: Path) -> None:
+    """The README's commands one after the other, in the folder of its blocks."""
+    for arguments in commands(page):
+        main(arguments)
     for arguments in commands(page):
         for option in ("-o", "--plot", "--preview"):
             if option in arguments:
@@ -71,5 +85,6 @@ def run_example(path: Path) -> None:
 
 if __name__ == "__main__":
     for page in map(Path, sys.argv[1:]):
-        run_example(page) if page.suffix == ".py" else run_readme(page)
+        for run in [run_example] if page.suffix == ".py" else [run_blocks, run_commands]:
+            run(page)
         print(page.name, flush=True)

@@ -20,11 +20,12 @@ def test_every_example_paints_a_picture(path, tmp_path, monkeypatch):
     documents.run_example(path)
 
 
-def test_readmes_blocks_and_commands_run(tmp_path, monkeypatch):
+def test_readmes_commands_are_found_and_its_blocks_run(tmp_path, monkeypatch):
+    """The commands run from a wheel, in `test_packaging.py`; what they do in a process of the checkout, in `cli/`."""
     names = [name for name, *_ in documents.commands(ROOT / "README.md")]
     assert names == ["generate", "plan", "info", "info", *["generate"] * 3, "upscale", *["generate"] * 2, "info"]
     monkeypatch.chdir(tmp_path)
-    documents.run_readme(ROOT / "README.md")
+    documents.run_blocks(ROOT / "README.md")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
