@@ -1,4 +1,4 @@
-"""Triton kernels on the CPU: in Triton's interpreter, made three times as fast as it comes."""
+"""Triton kernels on the CPU: in Triton's interpreter, several times as fast as it comes."""
 
 import contextlib
 import functools
