@@ -18,6 +18,7 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
 from instantas.checks import flag, pair, positive
+from instantas.ops.validation import check_tensor
 from instantas.pipelines.entry import module_of
 from instantas.pipelines.tiles import Circle, in_bands, in_tiles, reach, spans
 from instantas.sampling.fingerprint import digests
@@ -63,6 +64,7 @@ def decode(
             of generators that has not one for each picture.
         PeerError: where another process has failed or is gone.
     """
+    _check("latents", latents, getattr(vae.config, "latent_channels", None))
     check_generators(len(latents), generator)
     _agreed(group, vae, generator, latents.device, latents=latents, wrap=wrap, tiles=tiles)
     generators = generator if isinstance(generator, list) else [generator] * len(latents)
@@ -93,6 +95,7 @@ def bands(
     Raises:
         TypeError, ValueError: as `decode`, and for other than one picture.
     """
+    _check("latents", latents, getattr(vae.config, "latent_channels", None))
     if len(latents) != 1:
         raise ValueError(f"latents: expected those of one picture, got {len(latents)}")
     with _precise(vae):
@@ -130,8 +133,10 @@ def encode(
     """
     if sample_mode not in SAMPLE_MODES:
         raise ValueError(f"sample_mode: expected one of {', '.join(SAMPLE_MODES)}, got {sample_mode!r}")
+    _check("pictures", pictures, getattr(vae.config, "in_channels", None))
     check_generators(len(pictures), generator)
-    _agreed(group, vae, generator, pictures.device, pictures=pictures, wrap=wrap, tiles=tiles)
+    told = dict(pictures=pictures, wrap=wrap, tiles=tiles, sample_mode=sample_mode)
+    _agreed(group, vae, generator, pictures.device, **told)
     with _precise(vae):
         parts, over = _encoding(vae), _in_tiles(group)
         plain = functools.partial(_encoded, vae)
@@ -217,6 +222,12 @@ def _evaluated(vae, given, plain, parts, wrap, tiles, evaluate):
     tiled = evaluate(layers, given, rows, columns, unit, norms)
     with circle, torch.no_grad():
         return _through(parts.after, tiled)
+
+
+def _check(name, tensor, channels):
+    check_tensor(name, tensor, "(B, C, H, W)", (None, channels, None, None))
+    if not tensor.numel():
+        raise ValueError(f"{name}: expected at least one, of some cells, got {tuple(tensor.shape)}")
 
 
 def _agreed(group, vae, generator, device, **told):

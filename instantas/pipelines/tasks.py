@@ -15,6 +15,7 @@ from instantas.pipelines.outpainting import Margins
 from instantas.pipelines.pictures import read_pictures, shown, upright
 from instantas.pipelines.starts import stages
 from instantas.sampling.checkpoint import Checkpoint
+from instantas.sampling.parallel import shared
 
 
 class Tasks(Decoding):
@@ -22,6 +23,7 @@ class Tasks(Decoding):
 
     __call__: Callable[..., Any]
 
+    @shared
     def upscale(
         self, image: Any, scale: float = 4.0, prompt: Any = "", *, strength: float = 0.35, **settings: Any
     ) -> Any:
@@ -67,6 +69,7 @@ class Tasks(Decoding):
         return result
 
     @torch.no_grad()
+    @shared
     def extend(
         self,
         image: Any,

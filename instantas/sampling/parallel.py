@@ -198,13 +198,7 @@ class Ranks:
         Raises:
             ValueError: naming the network, in all processes.
         """
-        from torch.distributed.tensor import DTensor  # which not every build of torch has
-
-        for name, network in networks.items():
-            if network is not None and any(isinstance(weight, DTensor) for weight in network.parameters()):
-                raise ValueError(
-                    f"{name}: expected whole weights in each process of a group, got divided ones (DTensor)"
-                )
+        check_whole(networks)
         self.same(digests(networks))
 
     def first(self, make: Callable[[], T]) -> T:
@@ -214,8 +208,13 @@ class Ranks:
         return self._from_first(made)
 
     def seeded(self, generator: Any, device: torch.device) -> None:
-        """Put every process's generators, or the global ones that stand for None, where rank 0's are."""
+        """Put every process's generators, or the global ones that stand for None, where rank 0's are.
+
+        Raises:
+            ValueError: in all processes, where one has more of them or fewer.
+        """
         generators = generator if isinstance(generator, list) else [generator]
+        self.same(digests(dict(generator=None if generator is None else len(generators))))
         states = self.first(lambda: [get_state(each, device) for each in generators])
         for each, state in zip(generators, states):
             set_state(each, device, state)
@@ -307,6 +306,19 @@ class SharedEvaluator(Evaluator):
         own = context.subset(self.ranks.dealt(items, self.share))
         predicted = super().__call__(windows, own) if len(windows) else []
         return self.ranks.gathered(predicted, items, self.share, windows.device)
+
+
+def check_whole(told: Mapping[str, Any]) -> None:
+    """Refuse networks, among what a run is told by name, whose weights are divided: all evaluate them at once.
+
+    Raises:
+        ValueError: naming the network.
+    """
+    from torch.distributed.tensor import DTensor  # which not every build of torch has
+
+    for name, network in told.items():
+        if isinstance(network, torch.nn.Module) and any(isinstance(each, DTensor) for each in network.parameters()):
+            raise ValueError(f"{name}: expected whole weights in each process of a group, got divided ones (DTensor)")
 
 
 def call_back(callback: Callable, step: int, timestep: Any, canvas: torch.Tensor, **more: Any) -> tuple[Any, bool]:

@@ -23,7 +23,7 @@ from instantas.sampling.evaluator import Evaluator
 from instantas.sampling.fingerprint import digests
 from instantas.sampling.graphs import StepGraphs
 from instantas.sampling.known import Known, Restorer
-from instantas.sampling.parallel import SharedEvaluator, call_back, shared
+from instantas.sampling.parallel import SharedEvaluator, call_back, check_whole, shared
 from instantas.sampling.schedulers import noise_after, probe
 from instantas.sampling.settings import (
     beside,
@@ -168,7 +168,9 @@ def sample(
     steps = steps_of(latents, timesteps, stages, noise_levels, recurrence, interval)
     told = [] if callback is None or "denoised" not in inspect.signature(callback).parameters else ["denoised"]
     deviation = 1.0 if from_picture else getattr(scheduler, "init_noise_sigma", 1.0)
-    run = {}
+    run, named = {}, dict(denoiser=denoiser) | getattr(denoiser, "fingerprint", dict)()
+    if group:
+        check_whole(named)
     if group or checkpoint:
         run = digests(
             dict(
@@ -183,10 +185,9 @@ def sample(
                 generator=len(generator) if isinstance(generator, list) else generator is None,
                 bridging=bridging,
                 start=before,
-                denoiser=denoiser,
                 known=None if known is None else (known.latents, known.noise, known.painted, known.told),
             )
-            | getattr(denoiser, "fingerprint", dict)()
+            | named
         )
     if group:
         ways = dict(window_batch_size=evaluate.batches.size, callback=callback is None, checkpoint=checkpoint is None)

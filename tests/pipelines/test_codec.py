@@ -11,7 +11,7 @@ from torch import nn
 
 from instantas import demo
 from instantas.pipelines import codec, tiles
-from instantas.pipelines.codec import decode, encode
+from instantas.pipelines.codec import bands, decode, encode
 from instantas.testing.tiny import autoencoder
 
 SEEDS = range(3)
@@ -335,6 +335,23 @@ def test_other_pictures_and_ways_to_draw_are_refused():
         encode(of_layers(), torch.zeros(1, 3, 64, 60))
     with pytest.raises(ValueError, match="sample_mode: expected one of sample, argmax, got 'mean'"):
         encode(of_layers(), torch.zeros(1, 3, 64, 64), sample_mode="mean")
+
+
+@pytest.mark.parametrize("shape", [(4, 8, 8), (0, 4, 8, 8), (1, 3, 8, 8), (1, 4, 0, 8)])
+def test_what_is_no_batch_of_latents_or_pictures_is_refused(shape):
+    vae, evaluated = of_layers(), []
+    for part in (vae.decoder, vae.encoder):
+        part.conv_in.register_forward_hook(lambda *_: evaluated.append(1))
+    for use in (decode, lambda *given: list(bands(*given))):
+        with pytest.raises(ValueError, match=r"^latents: expected .*got \(" + str(shape)[1:-1]):
+            use(vae, torch.zeros(shape))
+    channels = {3: 4, 4: 3}
+    shape = *(channels.get(side, side) for side in shape[:-2]), 8 * shape[-2], 64
+    with pytest.raises(ValueError, match=r"^pictures: expected .*got \(" + str(shape)[1:-1]):
+        encode(vae, torch.zeros(shape))
+    with pytest.raises(TypeError, match="^pictures: expected a tensor"):
+        encode(vae, [[0.0]])
+    assert not evaluated
 
 
 @pytest.mark.parametrize("number", [1, 3])

@@ -64,6 +64,15 @@ CODE_FAILURES = {  # what rank 1 does otherwise than the others
     "tiles: other sides": lambda group, rank: codec.decode(
         tiny.autoencoder(), LATENTS, tiles=8 + (rank == 1), group=group
     ),
+    "tiles: other sample mode": lambda group, rank: codec.encode(
+        tiny.autoencoder(), torch.zeros(1, 3, 16, 16), sample_mode="argmax" if rank == 1 else "sample", group=group
+    ),
+    "tiles: other generators": lambda group, rank: codec.encode(
+        tiny.autoencoder(),
+        torch.zeros(1, 3, 16, 16),
+        generator=torch.Generator() if rank == 1 else None,
+        group=group,
+    ),
     "tiles: other weights": lambda group, rank: codec.decode(
         tiny.autoencoder(tiny=rank == 1), LATENTS, tiles=8, group=group
     ),

@@ -111,14 +111,24 @@ def wrapping(group, rank):
         raise RuntimeError("a loop's own") from error
 
 
-def divided(group, rank):
-    """A network whose weights are in pieces."""
+def divided(group):
+    """A pipeline with a network whose weights are in pieces."""
     pipe = tiny.tiny_pipeline()
     mesh = DeviceMesh.from_group(group, "cpu")
     bias = DTensor.from_local(pipe.unet.conv_out.bias.data, mesh, [Replicate()], run_check=False)
     pipe.unet.conv_out.bias = torch.nn.Parameter(bias)
-    with windowed(pipe, group=group):
+    return pipe
+
+
+def block_divided(group, rank):
+    with windowed(divided(group), group=group):
         pass
+
+
+def extended(group, rank):
+    """Something is wrong in one process before the call that all share."""
+    pipe = InstantASPipeline(tiny.tiny_pipeline())
+    pipe.extend(torch.rand(1, 3, 64, 64), -8 if rank == 1 else 8, prompt="wall", group=group)
 
 
 SEEDS = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
@@ -136,5 +146,10 @@ HOST_FAILURES = {  # what rank 1 does otherwise than the others
     "held: other schedule": lambda group, rank: held(
         group, rank, semantic_schedule="linear" if rank == 1 else "constant"
     ),
-    "windowed: divided weights": divided,
+    "windowed: divided weights": block_divided,
+    "pipeline: divided weights": lambda group, rank: InstantASPipeline(divided(group))("wall", group=group),
+    "pipeline: extended": extended,
+    "pipeline: upscaled": lambda group, rank: InstantASPipeline(tiny.tiny_pipeline()).upscale(
+        torch.rand(1, 3, 64, 64), 0.5 if rank == 1 else 2.0, "wall", group=group
+    ),
 }

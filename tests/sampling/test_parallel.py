@@ -34,6 +34,8 @@ PATTERNS = {  # failure of rank 1 of three -> what the others say, what it says 
     "loop: exception made another": ("PeerError: rank 1 of 3: KeyError: 'mine'", "RuntimeError: a loop's own"),
     "loop: argument": ("PeerError: rank 1 of 3: ValueError: align: expected", "ValueError: align: expected a divisor"),
     "windowed: callback": ("PeerError: rank 1 of 3: KeyError: 'mine'", "KeyError: 'mine'"),
+    "pipeline: extended": ("PeerError: rank 1 of 3: ValueError: left: expected", "ValueError: left: expected"),
+    "pipeline: upscaled": ("PeerError: rank 1 of 3: ValueError: scale: expected", "ValueError: scale: expected"),
     "tiles: exception": ("PeerError: rank 1 of 3: KeyError: 'mine'", "KeyError: 'mine'"),
 }
 SAME = ": expected the same in all processes, got another in rank 1"
@@ -54,6 +56,9 @@ EVERYWHERE = {
     "windowed: other seed": f"ValueError: x{SAME}",
     "held: other schedule": f"ValueError: semantic_schedule{SAME}",
     "windowed: divided weights": "ValueError: unet: expected whole weights in each process of a group, got divided",
+    "pipeline: divided weights": "ValueError: unet: expected whole weights in each process of a group, got divided",
+    "tiles: other sample mode": f"ValueError: sample_mode{SAME}",
+    "tiles: other generators": f"ValueError: generator{SAME}",
     "tiles: other latents": f"ValueError: latents{SAME}",
     "tiles: other sides": f"ValueError: tiles{SAME}",
     "tiles: other weights": f"ValueError: vae{SAME}",
