@@ -282,7 +282,9 @@ def regional_attention(
             not looked at, and has no gradient.
 
     Returns:
-        (B, N, heads, D), contiguous, of the query's dtype. A query without any weight gives zeros.
+        (B, N, heads, D), contiguous, of the query's dtype. A query without any weight gives zeros. NaN and infinity in
+        a prompt are seen where it has weight; kernels for a GPU see them in the whole tile of queries in which it has
+        some.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came. On a GPU the values of prompt_ids,

@@ -106,15 +106,16 @@ def regional_attention(
 
     blend: out = sum_r w_r softmax(q K_r^T scale) V_r / sum_r w_r.
     joint: out = softmax over all (r, l) of (q K_r^T scale + log w_r), times V.
-    Of a prompt the first `lengths` tokens take part.
+    Of a prompt the first `lengths` tokens take part. One without weight has no say, whatever it holds: 0 times NaN
+    is 0 here.
     """
     ids = _bank_rows(prompt_ids, key)
     if not query.numel() or ids is None:
         return torch.zeros_like(query)
     key, value, beyond = _within(key, value, lengths)
-    probabilities, _ = _probabilities(query, key, ids, prompt_ids, weights, mode, scale, beyond)
-    out = torch.einsum("bhnrl,brlhd->bnhd", probabilities, value[ids].to(probabilities.dtype))
-    return out.to(query.dtype)
+    probabilities, share = _probabilities(query, key, ids, prompt_ids, weights, mode, scale, beyond)
+    each = torch.einsum("bhnrl,brlhd->bhnrd", probabilities, value[ids].to(probabilities.dtype))
+    return torch.where(share > 0, each, 0.0).sum(-2).transpose(1, 2).to(query.dtype)
 
 
 def regional_attention_backward(
@@ -138,16 +139,17 @@ def regional_attention_backward(
     key, value, beyond = _within(key, value, lengths)
     p, share = _probabilities(query, key, ids, prompt_ids, weights, mode, scale, beyond)
     q, g, k, v = (t.to(p.dtype) for t in (query, grad, key[ids], value[ids]))
-    dp = torch.einsum("bnhd,brlhd->bhnrl", g, v)
+    dp = torch.where(share > 0, torch.einsum("bnhd,brlhd->bhnrl", g, v), 0.0)
     if mode == "blend":
         mean = (p * dp).sum(-1, keepdim=True) / torch.where(share > 0, share, 1.0)
     else:
         mean = (p * dp).sum((-2, -1), keepdim=True)
-    ds = p * (dp - mean) * scale
-    dq = torch.einsum("bhnrl,brlhd->bnhd", ds, k)
+    ds = torch.where(share > 0, p * (dp - mean) * scale, 0.0)
+    dq = torch.where(share > 0, torch.einsum("bhnrl,brlhd->bhnrd", ds, k), 0.0).sum(-2).transpose(1, 2)
+    q, g = (torch.where(share > 0, t.transpose(1, 2)[:, :, :, None], 0.0) for t in (q, g))  # (B, heads, N, R, D)
     dk, dv = (
         torch.zeros_like(key, dtype=p.dtype).index_put_((ids,), rows, accumulate=True)
-        for rows in (torch.einsum("bhnrl,bnhd->brlhd", a, b) for a, b in ((ds, q), (p, g)))
+        for rows in (torch.einsum("bhnrl,bhnrd->brlhd", a, b) for a, b in ((ds, q), (p, g)))
     )
     return dq.to(query.dtype), dk.to(query.dtype), dv.to(query.dtype)
 
@@ -177,12 +179,11 @@ def _probabilities(query, key, ids, prompt_ids, weights, mode, scale, beyond=Non
     total = w.sum(-2, keepdim=True)
     if mode == "blend":
         share = w / torch.where(total > 0, total, 1.0)
-        return logits.softmax(-1) * share, share
+        return torch.where(share > 0, logits.softmax(-1), 0.0) * share, share
     # relative to the largest weight: tiny ones lose nothing, and a row without weight is all zeros
     share = w / torch.where(total > 0, w.amax(-2, keepdim=True), 1.0)
     peak = logits.masked_fill(share <= 0, -torch.inf).flatten(-2).amax(-1)
     peak = torch.where(peak.isfinite(), peak, 0.0).detach()
-    # clamped where the weight is 0, so that 0 * exp(...) is never 0 * inf
-    mass = share * (logits - peak[..., None, None]).clamp(max=0.0).exp()
+    mass = share * torch.where(share > 0, (logits - peak[..., None, None]).exp(), 0.0)
     norm = mass.sum((-2, -1), keepdim=True)
     return mass / torch.where(norm > 0, norm, 1.0), share

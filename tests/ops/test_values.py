@@ -1,5 +1,6 @@
 """The operations on NaN, infinity, large and small numbers, on every backend that runs here."""
 
+import itertools
 import math
 from functools import partial
 
@@ -42,6 +43,38 @@ def test_nan_in_a_query_stays_there(backend):
     for mode in ("blend", "joint"):
         (out,) = run(backend, lambda *a, m=mode: ops.regional_attention(*a, mode=m), arguments, torch.float32)
         assert out[0, 3, 1].isnan().all() and out.isnan().sum() == 8
+
+
+HOST = pytest.mark.parametrize("host", ["reference", "cpp"])  # kernels skip a tile of queries, not one of them
+
+
+@HOST
+@pytest.mark.parametrize("mode", ["blend", "joint"])
+def test_what_a_prompt_holds_is_not_seen_where_it_has_no_weight(host, mode):
+    """Bit for bit, forward and backward."""
+    query, key, value, _ = attention_inputs(1, 40, 2, 8, 3, 9, 3)
+    ids, weights = torch.tensor([[0, 1, 2]], dtype=torch.int32), torch.zeros(1, 3, 40)
+    weights[:, 0, :24], weights[:, 1, 20:] = 0.5, 2.0  # the third has none at all
+    call = lambda *a: ops.regional_attention(*a, mode=mode)[:, :20].contiguous()  # noqa: E731
+    plain = run(host, call, [query, key, value, ids, weights], torch.float32, gradients=3)
+    for bank, prompt, number in itertools.product((1, 2), (1, 2), (math.nan, math.inf)):
+        tensors = [query, key.clone(), value.clone(), ids, weights]
+        tensors[bank][prompt] = number
+        out, grad, *_ = run(host, call, tensors, torch.float32, gradients=3)
+        assert torch.equal(out, plain[0]) and torch.equal(grad[:, :20], plain[1][:, :20])
+
+
+@HOST
+@pytest.mark.parametrize("mode", ["blend", "joint"])
+def test_nan_in_a_query_reaches_no_prompt_without_weight_there(host, mode):
+    """Nor its keys' and values' gradients."""
+    query, key, value, ids = attention_inputs(1, 40, 2, 8, 2, 9, 2)
+    ids, weights = torch.tensor([[0, 1]], dtype=torch.int32), torch.zeros(1, 2, 40)
+    weights[:, 0, :20], weights[:, 1, 20:] = 1, 1
+    query[0, 3] = math.nan
+    call = partial(ops.regional_attention, mode=mode)
+    _, _, *grads = run(host, call, [query, key, value, ids, weights], torch.float32, gradients=3)
+    assert all(grad[0].isnan().any() and grad[1].isfinite().all() and grad[1].any() for grad in grads)
 
 
 @pytest.mark.parametrize("mode", ["blend", "joint"])
