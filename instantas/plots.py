@@ -3,10 +3,25 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
-from .files import whole_file
+from .files import check_writable, whole_file
+
+
+def check_figure(path: str | os.PathLike, *, overwrite: bool = True, name: str = "path") -> str:
+    """The format of a figure that is written to a path, by its ending; ask before the work, not after it.
+
+    name: of the argument, for errors.
+
+    Raises:
+        ValueError: for an ending that is no picture's, and as `check_writable`.
+    """
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    ending = check_writable(path, overwrite=overwrite, name=name).suffix.lstrip(".").lower()
+    if ending not in FigureCanvasBase.filetypes:
+        raise ValueError(f"{name}: expected a picture ending such as .png, .svg or .pdf, got {str(path)!r}")
+    return ending
 
 
 def save_figure(figure: Any, path: str | os.PathLike) -> None:
@@ -15,9 +30,7 @@ def save_figure(figure: Any, path: str | os.PathLike) -> None:
     Raises:
         ValueError: for an ending that is no picture's, and a path that cannot be written.
     """
-    ending = Path(path).suffix.lstrip(".")
-    if ending not in figure.canvas.get_supported_filetypes():
-        raise ValueError(f"path: expected a picture ending such as .png, .svg or .pdf, got {str(path)!r}")
+    ending = check_figure(path)
     with whole_file(path) as part:
         figure.savefig(part, format=ending, dpi=120, bbox_inches="tight")
 

@@ -21,8 +21,8 @@ from instantas.cli.errors import message
 from instantas.cli.generate import generate
 from instantas.cli.options import DTYPES, Size, default_device, device_option, wrap_option
 from instantas.cli.upscale import upscale
-from instantas.files import check_writable
 from instantas.ops.backend import BACKENDS
+from instantas.plots import check_figure
 from instantas.windows import WindowPlan
 
 LARGEST_PLOT = 10_000  # windows
@@ -70,7 +70,7 @@ def plan(
     if plot:
         if ours > LARGEST_PLOT:
             raise ValueError(f"plot: expected at most {LARGEST_PLOT} windows, got {ours}")
-        check_writable(plot, name="plot")
+        check_figure(plot, name="plot")
     click.echo(f"canvas          {rows} x {columns} cells (height x width), {size[0]}x{size[1]} px")
     click.echo(f"windows         {ours} of {h} x {w} (no cover has fewer)")
     click.echo(f"overlap         {ours * h * w / (rows * columns) - 1:.1%} of the canvas is painted twice")

@@ -36,7 +36,7 @@ from instantas.cli.options import (
 from instantas.cli.pictures import check_output, check_size, read_picture
 from instantas.cli.processes import processes
 from instantas.cli.record import record
-from instantas.files import check_writable
+from instantas.plots import check_figure
 from instantas.regions import SCHEDULES, Region, RegionMap
 from instantas.sampling import coarse
 from instantas.sampling.bridging import BRIDGES, DEFAULT
@@ -211,7 +211,7 @@ def generate(
     check_apart(kept, cast(tuple[int, int], size), read, preview)
     kept.check(force)
     if preview:
-        check_writable(preview, overwrite=force, name="preview")
+        check_figure(preview, overwrite=force, name="preview")
     inputs = dict(
         regions=regions, notes=notes, image=image, source=source, hints=hints, mask=mask, masked=masked, extend=extend
     )

@@ -24,6 +24,7 @@ from instantas.regions.masks import box_mask, feather, fit_mask, over_cells, rea
 from instantas.windows import WindowPlan
 
 MAX_PROMPTS = 64  # for one picture: the base prompt and 63 regions
+MAX_WEIGHT = 1e30  # so that sums of them, and times of logits, are finite in float32
 _NOTHING = 1e-6  # what rounding leaves of the base prompt's share where regions cover a cell
 
 SCHEDULES = {
@@ -87,7 +88,7 @@ class Region:
             object.__setattr__(self, "box", read_box(self.box))
         else:
             object.__setattr__(self, "mask", read_mask(self.mask))
-        real("weight", self.weight, 0, above=True)
+        real("weight", self.weight, 0, MAX_WEIGHT, above=True)
         if not 0 <= real("start", self.start) < real("end", self.end) <= 1:
             raise ValueError(f"start: expected 0 <= start < end <= 1, got start {self.start} and end {self.end}")
         integer("feather", self.feather, 0, expected="whole pixels, 0 or more")
@@ -391,6 +392,6 @@ def _embeds(name: str, embeds: Any) -> torch.Tensor:
 
 def check_blend(base_weight: float, semantic_schedule: str) -> None:
     """Refuse what `RegionMap` cannot be made with."""
-    real("base_weight", base_weight, 0)
+    real("base_weight", base_weight, 0, MAX_WEIGHT)
     if semantic_schedule not in SCHEDULES:
         raise ValueError(f"semantic_schedule: expected one of {', '.join(SCHEDULES)}, got {semantic_schedule!r}")

@@ -177,6 +177,7 @@ def test_plan(capsys):
 
 def test_plan_refuses_a_file_that_cannot_be_made(refused):
     assert "missing" in refused("plan", "--size", "8x8", "--plot", "missing/a.png")
+    assert "plot: expected a picture ending" in refused("plan", "--size", "8x8", "--plot", "a.txt")
 
 
 def test_info_names_every_backend_and_why_one_is_absent(capsys):
@@ -351,9 +352,10 @@ def test_preview_is_drawn_before_the_picture_is_painted(monkeypatch, refused):
         (("--region", "lava@0,0,300,100"), "box: expected 0 to 256 pixels"),
         (("--region", "lava@nowhere.png"), "mask: expected a picture file"),
         (("--regions", "nowhere.json"), "regions: expected a JSON file"),
-        (("--region", RIGHT, "--base-weight", "-1"), "base_weight: expected 0 or more"),
+        (("--region", RIGHT, "--base-weight", "-1"), "base_weight: expected 0 to 1e+30, got -1"),
         (("--region-mode", "add"), "'add' is not one of"),
-        (("--preview", "layout.txt", "--region", RIGHT), "path: expected a picture ending"),
+        (("--preview", "layout.txt", "--region", RIGHT), "preview: expected a picture ending such as .png"),
+        (("--preview", "layout"), "preview: expected a picture ending such as .png"),
         (("--preview", "nowhere/layout.png"), "preview: expected an existing folder"),
         (("-o", "nowhere/a.png"), "output: expected an existing folder"),
         (("--guidance", "nan"), "guidance: expected a finite number, got nan"),

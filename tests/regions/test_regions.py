@@ -186,8 +186,9 @@ def test_number_of_regions():
         (dict(regions=[Region("a", box=LEFT), []]), TypeError, "regions: expected a list of Region"),
         (dict(height=0), ValueError, "height: expected a positive number"),
         (dict(width=1.5), TypeError, "width: expected a positive number"),
-        (dict(base_weight=-1), ValueError, "base_weight: expected 0 or more"),
-        (dict(base_weight=float("nan")), ValueError, "base_weight: expected a finite number"),
+        (dict(base_weight=-1), ValueError, r"base_weight: expected 0 to 1e\+30, got -1"),
+        (dict(base_weight=1e31), ValueError, "base_weight: expected 0 to"),
+        (dict(base_weight=float("nan")), ValueError, r"base_weight: expected 0 to 1e\+30, got nan"),
         (dict(semantic_schedule="steep"), ValueError, "semantic_schedule: expected one of constant, linear, cosine"),
     ],
 )
@@ -252,6 +253,9 @@ def test_preview(tmp_path):
     assert len(colours) > 50
     with pytest.raises(ValueError, match="^path: expected a picture ending"):
         regions.preview(tmp_path / "layout.txt")
+    regions.preview(tmp_path / "LAYOUT.PNG")
+    with Image.open(tmp_path / "LAYOUT.PNG") as picture:
+        assert picture.format == "PNG"
 
 
 # What is no region, and embeddings
@@ -277,6 +281,17 @@ def test_preview(tmp_path):
 def test_what_is_no_list_of_regions(regions, words):
     with pytest.raises(TypeError, match=f"^regions: expected a list of Region.*{words}"):
         region_lists(regions)
+
+
+@pytest.mark.parametrize("weight", [0.0, -1.0, 1e31, 1e300, float("inf")])
+def test_weights_that_float32_cannot_blend_with_are_refused(weight):
+    with pytest.raises(ValueError, match="^weight: expected"):
+        Region("a", box=LEFT, weight=weight)
+
+
+def test_the_largest_weights_are_blended():
+    shares = RegionMap([Region("a", box=LEFT, weight=1e30)] * 63, 64, 128, base_weight=1e30).shares()
+    assert shares.isfinite().all() and shares.sum(1).max() < torch.finfo(torch.float32).max
 
 
 def test_lists_of_regions():
