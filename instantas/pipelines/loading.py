@@ -26,6 +26,10 @@ TASKS = {
     "inpainting": ("Inpaint", AutoPipelineForInpainting),
 }
 """What a pipeline's kind is called for a task, and what loads it."""
+FAMILIES = dict.fromkeys(("v1", "v2", "inpainting", "inpainting_v2"), "") | dict.fromkeys(
+    ("xl_base", "xl_inpaint", "xl_refiner", "playground-v2-5"), "XL"
+)
+"""What diffusers finds a checkpoint's weights to be: how the pipelines of that family are called."""
 CHECKPOINTS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 
 
@@ -104,7 +108,9 @@ def looks_local(name: str | os.PathLike) -> bool:
 def _from_file(path, task, settings):
     if path.suffix not in CHECKPOINTS:
         raise ValueError(f"model: expected a checkpoint ({', '.join(CHECKPOINTS)}), got {str(path)!r}")
-    xl = infer_diffusers_model_type(load_single_file_checkpoint(str(path))).startswith("xl")
-    family, control = "XL" if xl else "", "ControlNet" if "controlnet" in settings else ""
-    kind = getattr(diffusers, f"StableDiffusion{family}{control}{TASKS[task][0]}Pipeline")
+    found = infer_diffusers_model_type(load_single_file_checkpoint(str(path)))
+    if found not in FAMILIES:
+        raise ValueError(f"model: expected Stable Diffusion 1.x, 2.x or XL in {str(path)!r}, got weights of {found}")
+    control = "ControlNet" if "controlnet" in settings else ""
+    kind = getattr(diffusers, f"StableDiffusion{FAMILIES[found]}{control}{TASKS[task][0]}Pipeline")
     return kind.from_single_file(str(path), **settings)

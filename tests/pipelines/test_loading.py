@@ -5,6 +5,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from instantas.pipelines.loading import load
 from instantas.pipelines.pipeline import InstantASPipeline
 from instantas.testing import tiny
 
@@ -39,6 +40,53 @@ def test_a_single_file_is_loaded_as_what_it_is(tmp_path, monkeypatch, key, contr
     ours = InstantASPipeline.from_pretrained(path.name if relative else path, **settings)
     assert asked == [(kind, path.name if relative else str(path), settings)]
     assert ours.window == (tiny.WINDOW, tiny.WINDOW) and ours.defaults["num_inference_steps"] == 50
+
+
+@pytest.mark.parametrize("name", ["playground-v2-5", "xl_inpaint", "inpainting_v2"])
+def test_families_are_told_from_all_names_that_diffusers_has(tmp_path, monkeypatch, name):
+    """The last two have inpainting's nine channels; of the first XL's name says nothing."""
+    inpainting = "model.diffusion_model.input_blocks.0.0.weight"
+    weights = {
+        "playground-v2-5": {"edm_mean": torch.zeros(4), XL: torch.zeros(4)},
+        "xl_inpaint": {inpainting: torch.zeros(4, 9, 3, 3), XL: torch.zeros(4)},
+        "inpainting_v2": {
+            inpainting: torch.zeros(4, 9, 3, 3),
+            "model.diffusion_model.input_blocks.2.1.transformer_blocks.0.attn2.to_k.weight": torch.zeros(4, 1024),
+        },
+    }
+    save_file(weights[name], tmp_path / "my.safetensors")
+    asked = []
+    monkeypatch.setattr(
+        diffusers.loaders.FromSingleFileMixin,
+        "from_single_file",
+        classmethod(lambda kind, file, **_: asked.append(kind)),
+    )
+    load(tmp_path / "my.safetensors")
+    assert asked == [
+        diffusers.StableDiffusionPipeline if name == "inpainting_v2" else diffusers.StableDiffusionXLPipeline
+    ]
+
+
+@pytest.mark.parametrize(
+    "key, found",
+    [
+        ("double_blocks.0.img_attn.norm.key_norm.scale", "flux"),
+        ("control_model.time_embed.0.weight", "controlnet"),
+    ],
+)
+def test_weights_of_other_families_are_named(tmp_path, key, found):
+    save_file({key: torch.zeros(4, 4)}, tmp_path / "my.safetensors")
+    with pytest.raises(
+        ValueError, match=f"^model: expected Stable Diffusion 1.x, 2.x or XL in .*got weights of {found}"
+    ):
+        load(tmp_path / "my.safetensors")
+
+
+@pytest.mark.parametrize("name", ["my.safetensors", "my.ckpt"])
+def test_a_broken_file_is_refused(tmp_path, name):
+    (tmp_path / name).write_bytes(b"no weights at all")
+    with pytest.raises((ValueError, OSError), match=name):
+        load(tmp_path / name)
 
 
 @pytest.mark.parametrize("name", ["my.safetensors", "models/my.ckpt", "no/such/folder", "./here", "~/no/such/model"])
