@@ -47,7 +47,9 @@ def load(
         warnings.simplefilter("ignore", FutureWarning)  # torch_dtype: the name that takes its place is too new
         nets = [_control_net(control.model, precision) for control in controls]
         extra: dict[str, Any] = {"controlnet": nets if len(nets) > 1 else nets[0]} if nets else {}
-        pipe = InstantASPipeline.from_pretrained(model or demo.folder(), torch_dtype=precision, **extra)
+        pipe = InstantASPipeline.from_pretrained(
+            demo.folder() if model is None else model, torch_dtype=precision, **extra
+        )
     check_pipeline(pipe.pipe, whole=True)
     for net, control in zip(nets, controls):
         for name in ("cross_attention_dim", "block_out_channels"):

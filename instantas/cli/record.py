@@ -33,7 +33,7 @@ def record(
     """
     noted = settings | {
         "instantas": __version__,
-        "model": whole(model) if model else EMBEDDED,
+        "model": EMBEDDED if model is None else whole(model),
         "scheduler": scheduler,
         "scheduler_class": type(pipe.scheduler).__name__,
         "dtype": str(pipe.dtype).removeprefix("torch."),

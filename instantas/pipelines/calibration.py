@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from instantas.checks import positive
+from instantas.checks import integer, positive
 from instantas.pipelines.arguments import check_pipeline
 from instantas.pipelines.pipeline import InstantASPipeline
 from instantas.sampling.calibration import Calibration, measure
@@ -48,21 +48,23 @@ def calibrate(
         TypeError, ValueError: naming the argument, what was expected and what came, before the UNet is evaluated.
     """
     check_pipeline(pipe.pipe, whole=True)
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    if not prompts:
-        raise ValueError("prompts: expected at least one, got none")
+    prompts = [prompts] if isinstance(prompts, str) else prompts
+    if not isinstance(prompts, (list, tuple)) or not prompts:
+        raise ValueError(f"prompts: expected a list of at least one, got {prompts!r:.80}")
+    if not -(2**63) <= integer("seed", seed) < 2**64:
+        raise ValueError(f"seed: expected -2^63 to 2^64 - 1, got {seed}")
     generator = torch.Generator("cpu").manual_seed(seed)
     steps = pipe.defaults["num_inference_steps"] if num_inference_steps is None else num_inference_steps
     set_timesteps(pipe.scheduler, steps, None, pipe.pipe._execution_device)
     settings |= dict(num_inference_steps=steps, num_images_per_prompt=positive("pictures", pictures))
-    settings |= dict(generator=generator, output_type="latent")
+    settings |= dict(generator=generator, output_type="latent", return_dict=True)
 
     def paint(latents, bridging=None, callback=None):
         def step_end(_, step, timestep, tensors):
             return {"latents": callback(step, timestep, tensors["latents"])}
 
         watched = dict(bridging=bridging, callback_on_step_end=step_end, guidance_scale=1.0)
-        return pipe(prompts, latents=latents, **settings | (watched if callback else {})).images
+        return pipe(list(prompts), latents=latents, **settings | (watched if callback else {})).images
 
     shape = len(prompts) * pictures, pipe.unet.config.out_channels, *pipe.window
     noise = torch.randn(shape, generator=generator)

@@ -14,6 +14,7 @@ alike, however much detail they have.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -89,7 +90,8 @@ def measure(
         generator: of the noise that is put on the pictures; a list has one for each.
 
     Raises:
-        ValueError: for a scheduler whose noise levels are not known, and a scale that leaves no detail or nothing else.
+        ValueError: for a scheduler whose noise levels are not known, a scale that leaves no detail or nothing else, and
+            pictures or predictions that are not finite or have no detail.
     """
     known_levels("scheduler", scheduler)
     rows, columns = noise.shape[-2:]
@@ -99,6 +101,9 @@ def measure(
         raise ValueError(f"scale: expected one by which {rows} x {columns} cells become fewer, got {scale}")
     clean = paint(noise)
     watch = _Watch(clean.float() - carry(carry(clean.float(), smaller, wrap), (rows, columns), wrap))
+    power = watch.detail.square().sum((1, 2, 3))
+    if not (power.isfinite() & (power > 0)).all():
+        raise ValueError("model: expected pictures that are finite and have detail, got others")
 
     def noisy(number):
         return noised(scheduler, clean, normal(clean, generator), number)
@@ -107,6 +112,8 @@ def measure(
         return noisy(step + 1) if step + 1 < len(scheduler.timesteps) else latents
 
     paint(noisy(0) / getattr(scheduler, "init_noise_sigma", 1.0), watch, renewed)
+    if not all(math.isfinite(share) for _, share in watch.shares):
+        raise ValueError("model: expected finite predictions, got others")
     return Calibration(tuple(sorted(watch.shares)))
 
 

@@ -105,6 +105,7 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_model_is_loaded(m
         (["nowhere/at/all"], "model: expected a folder in diffusers' layout or a hub id or a checkpoint file"),
         (["./my.safetensors"], "model: expected a folder in diffusers' layout or a hub id or a checkpoint file"),
         (["."], "model: expected a folder with a model_index.json, got '.' without one"),
+        ([""], "model: expected a folder with a model_index.json, got '' without one"),
         ([], "Missing argument 'MODEL'"),
         (["model", "--scale", "1"], "scale: expected more than 1"),
         (["model", "--guidance", "nan"], "guidance: expected a finite number, got nan"),

@@ -74,14 +74,19 @@ def test_pictures_are_painted_and_then_looked_at_without_guidance(make):
         fresh = torch.randn(clean.shape, generator=generator)
         timestep = pipe.scheduler.timesteps[number][None]
         torch.testing.assert_close(shown, pipe.scheduler.add_noise(clean, fresh, timestep), atol=1e-5, rtol=1e-5)
-    again = calibrate(pipe, ["grass", "the water"], pictures=1, num_inference_steps=4, guidance_scale=3.0)
+    settings = dict(num_inference_steps=4, guidance_scale=3.0, return_dict=False)
+    again = calibrate(pipe, ["grass", "the water"], pictures=1, **settings)
     assert again == found
 
 
 @pytest.mark.parametrize(
     "settings, kind, message",
     [
-        (dict(prompts=[]), ValueError, "prompts: expected at least one"),
+        (dict(prompts=[]), ValueError, "prompts: expected a list of at least one"),
+        (dict(prompts=None), ValueError, "prompts: expected a list of at least one, got None"),
+        (dict(seed="x"), TypeError, "seed: expected an integer"),
+        (dict(seed=2**64), ValueError, "seed: expected -2\\^63 to 2\\^64 - 1, got 18446744073709551616"),
+        (dict(seed=-(2**63) - 1), ValueError, "seed: expected"),
         (dict(pictures=0), ValueError, "pictures: expected a positive integer"),
         (dict(scale=0.5), ValueError, "scale: expected more than 1"),
         (dict(num_inference_steps=0), ValueError, "num_inference_steps: expected"),

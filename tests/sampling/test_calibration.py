@@ -109,6 +109,28 @@ def test_pictures_count_alike():
         assert share == pytest.approx(sum(right) / 2, abs=0.03)
 
 
+@pytest.mark.parametrize(
+    "clean, factor, wanted",
+    [
+        (0.0, 1.0, "pictures that are finite and have detail"),
+        (torch.inf, 1.0, "pictures that are finite and have detail"),
+        (1.0, torch.nan, "finite predictions"),
+    ],
+)
+def test_what_has_no_detail_or_is_not_finite_is_refused(clean, factor, wanted):
+    """And not taken for a share that is crossed nowhere."""
+    chosen, plan = scheduler(), WindowPlan.minimum_coverage(SIDE, SIDE, SIDE)
+    chosen.set_timesteps(3)
+
+    def paint(latents, bridging=None, callback=None):
+        if callback is None:
+            return draw(1, *latents.shape) * clean
+        return sample(lambda x, t, context: x * factor, latents, plan, chosen, bridging=bridging, callback=callback)
+
+    with pytest.raises(ValueError, match=f"^model: expected {wanted}, got others$"):
+        measure(paint, draw(0, 1, 4, SIDE, SIDE), chosen)
+
+
 def test_between_two_levels_the_logarithm_is_halved():
     found = Calibration(((0.5, 0.9), (1.0, 0.5), (4.0, 0.3), (8.0, 0.45)))
     assert found.sigma(0.4) == pytest.approx(2.0) and found.sigma(0.7) == pytest.approx(0.5**0.5)
