@@ -196,7 +196,7 @@ def prompts_of(texts: dict) -> int:
 
 def _check_counts(pipe, texts):
     """One row of embeddings and one string of a list for each prompt, as wide as the UNet takes them."""
-    prompt, embeds, count = texts["prompt"], texts["prompt_embeds"], prompts_of(texts)
+    prompt, embeds, count = texts["prompt"], texts["prompt_embeds"], max(prompts_of(texts), 1)
     if isinstance(prompt, str) and isinstance(texts["negative_prompt_embeds"], torch.Tensor):
         count = 1
     config = pipe.unet.config
@@ -210,7 +210,7 @@ def _check_counts(pipe, texts):
                 raise TypeError(f"{name}: expected a tensor {layout} of floats, got {value!r:.80}")
             wanted = (count, *sides)
             fits = value.dim() == len(wanted) and all(
-                s == t or not isinstance(t, int) for s, t in zip(value.shape, wanted)
+                s == t if isinstance(t, int) else s for s, t in zip(value.shape, wanted)
             )
             if not fits:
                 wanted = ", ".join(str(s) if isinstance(s, int) else "any" for s in wanted)

@@ -57,7 +57,7 @@ def probe(scheduler: Any, eta: float = 0.0, begin: int = 0) -> Recurrence | None
     run in float64 on the CPU; neither it nor any random state is touched.
 
     Raises:
-        ValueError: for steps that give NaN or infinite numbers.
+        ValueError: for steps that give NaN or infinite numbers, and a scheduler that does not take such predictions.
     """
     steps = len(scheduler.timesteps) - begin
     with torch.random.fork_rng(devices=[]):
@@ -158,7 +158,12 @@ def _run(scheduler, sample, outputs, eta, begin):
         scaled = scheduler.scale_model_input(sample, t) if hasattr(scheduler, "scale_model_input") else sample
         scale = (sample * scaled).sum() / (sample * sample).sum()
         scales.append(scale if torch.allclose(scaled.double(), scale * sample, rtol=TOLERANCE) else None)
-        sample = scheduler.step(output.reshape(sample.shape), t, sample, return_dict=False, **keywords)[0]
+        try:
+            sample = scheduler.step(output.reshape(sample.shape), t, sample, return_dict=False, **keywords)[0]
+        except NotImplementedError as error:
+            raise ValueError(
+                f"scheduler: expected one that takes what the model predicts, got {type(scheduler).__name__}: {error}"
+            ) from error
         samples.append(sample.flatten().double())
         kept.append(_state(scheduler, sample.shape))
     scales = None if None in scales else torch.stack(scales).double().numpy()

@@ -46,7 +46,13 @@ def set_timesteps(
     if timesteps is not None or sigmas is not None:
         scheduler.set_timesteps(**{given[0]: list(ways[given[0]])}, device=device, **settings)
     elif num_inference_steps is not None:
-        scheduler.set_timesteps(positive("num_inference_steps", num_inference_steps), device=device, **settings)
+        number, kind = positive("num_inference_steps", num_inference_steps), type(scheduler).__name__
+        try:
+            scheduler.set_timesteps(number, device=device, **settings)
+        except (IndexError, ValueError) as error:
+            raise ValueError(
+                f"num_inference_steps: expected a number that {kind} takes, got {number}: {error}"
+            ) from error
     elif getattr(scheduler, "num_inference_steps", None) is None and not getattr(scheduler, "custom_timesteps", False):
         raise ValueError("num_inference_steps: expected a number, as the scheduler has no timesteps set, got None")
     elif getattr(scheduler, "step_index", None) is not None or getattr(scheduler, "counter", None):

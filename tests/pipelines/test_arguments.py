@@ -153,6 +153,8 @@ UNFIT = [
      dict(prompt=None, prompt_embeds=EMBEDS, negative_prompt_embeds=random(3, 16, 32))),
     ("sd", "prompt_embeds: expected .* = .2, any, 32.", dict(prompt=None, prompt_embeds=random(2, 16, 64))),
     ("sd", "prompt_embeds: expected .* = .16, any, 32.", dict(prompt=None, prompt_embeds=random(16, 32))),
+    ("sd", "prompt_embeds: expected .* = .1, any, 32.", dict(prompt=None, prompt_embeds=random(0, 16, 32))),
+    ("sd", "prompt_embeds: expected .* = .1, any, 32.", dict(prompt=None, prompt_embeds=random(1, 0, 32))),
     ("sd", "negative_prompt_embeds: expected some of 48 tokens", dict(prompt=None, prompt_embeds=random(1, 48, 32))),
     ("sd", "prompt_embeds: expected finite", dict(prompt=None, prompt_embeds=EMBEDS * torch.inf)),
     ("sd", "negative_prompt: expected one for each of 2",

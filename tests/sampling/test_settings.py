@@ -46,6 +46,21 @@ REFUSED = [
         "num_inference_steps: expected a number, as the scheduler has taken steps",
         dict(num_inference_steps=None, scheduler=used("PNDM")),
     ),
+    (
+        ValueError,
+        "num_inference_steps: expected a number that PNDMScheduler takes, got 3: ",
+        dict(scheduler=of("PNDM", skip_prk_steps=False)),
+    ),
+    (
+        ValueError,
+        "num_inference_steps: expected a number that DDIMScheduler takes, got 1001: ",
+        dict(num_inference_steps=1001),
+    ),
+    (
+        ValueError,
+        "scheduler: expected one that takes what the model predicts, got EulerAncestralDiscreteScheduler: ",
+        dict(scheduler=of("EulerAncestralDiscrete", "sample")),
+    ),
     (ValueError, "timesteps: expected either timesteps or num_inference_steps, got both", dict(timesteps=[3, 2])),
     (
         ValueError,
