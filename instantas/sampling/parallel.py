@@ -28,6 +28,7 @@ from instantas.sampling.checkpoint import get_state, packed, set_state, unpacked
 from instantas.sampling.evaluator import Evaluator
 from instantas.sampling.fingerprint import differing, digest, digests
 from instantas.sampling.prediction import cut
+from instantas.sampling.settings import check_whole
 from instantas.windows import WindowPlan
 
 P = ParamSpec("P")
@@ -306,19 +307,6 @@ class SharedEvaluator(Evaluator):
         own = context.subset(self.ranks.dealt(items, self.share))
         predicted = super().__call__(windows, own) if len(windows) else []
         return self.ranks.gathered(predicted, items, self.share, windows.device)
-
-
-def check_whole(told: Mapping[str, Any]) -> None:
-    """Refuse networks, among what a run is told by name, whose weights are divided: all evaluate them at once.
-
-    Raises:
-        ValueError: naming the network.
-    """
-    from torch.distributed.tensor import DTensor  # which not every build of torch has
-
-    for name, network in told.items():
-        if isinstance(network, torch.nn.Module) and any(isinstance(each, DTensor) for each in network.parameters()):
-            raise ValueError(f"{name}: expected whole weights in each process of a group, got divided ones (DTensor)")
 
 
 def call_back(callback: Callable, step: int, timestep: Any, canvas: torch.Tensor, **more: Any) -> tuple[Any, bool]:

@@ -23,7 +23,7 @@ from instantas.sampling.evaluator import Evaluator
 from instantas.sampling.fingerprint import digests
 from instantas.sampling.graphs import StepGraphs
 from instantas.sampling.known import Known, Restorer
-from instantas.sampling.parallel import SharedEvaluator, call_back, check_whole, shared
+from instantas.sampling.parallel import SharedEvaluator, call_back, shared
 from instantas.sampling.schedulers import noise_after, probe
 from instantas.sampling.settings import (
     beside,
@@ -32,6 +32,7 @@ from instantas.sampling.settings import (
     check_run,
     check_settings,
     check_step,
+    check_whole,
     checked_begin,
     checked_evaluations,
     evaluated_cells,

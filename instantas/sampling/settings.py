@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -63,6 +63,19 @@ def set_timesteps(
         )
     if not len(scheduler.timesteps):
         raise ValueError("timesteps: expected at least one, got none")
+
+
+def check_whole(told: Mapping[str, Any]) -> None:
+    """Refuse networks, among what a run is told by name, with weights that are divided between processes.
+
+    Raises:
+        ValueError: naming the network.
+    """
+    from torch.distributed.tensor import DTensor  # which not every build of torch has
+
+    for name, network in told.items():
+        if isinstance(network, torch.nn.Module) and any(isinstance(each, DTensor) for each in network.parameters()):
+            raise ValueError(f"{name}: expected whole weights in each process of a group, got divided ones (DTensor)")
 
 
 def beside(known: Any, stages: list[Weighted], latents: torch.Tensor) -> list[Weighted]:

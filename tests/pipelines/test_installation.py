@@ -122,7 +122,7 @@ def test_what_is_no_network(model):
     "settings, error, words",
     [
         (dict(mode="add"), ValueError, "mode: expected 'blend' or 'joint', got 'add'"),
-        (dict(base_weight=-1), ValueError, "base_weight: expected 0 or more"),
+        (dict(base_weight=-1), ValueError, "base_weight: expected 0 to"),
         (dict(semantic_schedule="late"), ValueError, "semantic_schedule: expected one of"),
         (dict(encode=None), ValueError, "encode: expected a pipeline, or a function"),
         (dict(regions=["grass"]), TypeError, "regions: expected a list of Region"),
