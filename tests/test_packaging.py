@@ -170,7 +170,7 @@ def test_an_installed_wheel_paints_from_another_folder(installed, tmp_path):
     from PIL import Image
 
     with Image.open(tmp_path / "out" / "demo.png") as picture:
-        assert picture.size == (1024, 256) and picture.text["prompt"] == "lava"
+        assert picture.size == (640, 256) and picture.text["prompt"] == "sea at dusk"
     states = python(f"{BLOCKED}{STATES}", cwd=tmp_path, executable=installed)
     assert "cpp: not built: there is no C++ compiler" in states and MEND in states
     if importlib.util.find_spec("triton"):
