@@ -76,10 +76,19 @@ def counts(path: Path, detector: Detector) -> Counter[str]:
     return Counter(each.subject for each in detector.find(np.asarray(Image.open(path).convert("RGB"))))
 
 
+def cell(paths: list[Path], case: Case, detector: Detector) -> str:
+    """How many of the pictures that are there show what is wanted and nothing else; in brackets their subjects."""
+    found = [counts(path, detector) for path in paths if path.exists()]
+    numbers = ", ".join(str(sum(each[subject] for subject in case.wanted)) for each in found)
+    return f"{sum(each == case.wanted for each in found)} of {len(found)} ({numbers})" if found else "not painted"
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--only", nargs="+", choices=SHOWN, default=list(SHOWN), help="methods; by default all")
+    parser.add_argument(
+        "--only", nargs="+", choices=SHOWN, default=list(SHOWN), help="methods to paint; by default all"
+    )
     parser.add_argument("--seeds", type=int, default=4, help="pictures of every case and method")
     parser.add_argument("--table", type=Path)
     parser.add_argument("--sheet", type=Path, help="of the first seed")
@@ -87,28 +96,23 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
     detector = Detector.load()
 
-    def file(title: str, name: str, seed: int) -> Path:
-        return options.out / f"{title}-{name}-{seed}.png"
+    def files(title: str, name: str) -> list[Path]:
+        return [options.out / f"{title}-{name}-{seed}.png" for seed in range(options.seeds)]
 
-    lines = ["| case | wanted | " + " | ".join(options.only) + " |", "|---" * (2 + len(options.only)) + "|"]
+    lines = ["| case | wanted | " + " | ".join(SHOWN) + " |", "|---" * (2 + len(SHOWN)) + "|"]
     for title, case in CASES.items():
-        row = [title, ", ".join(f"{count} {subject}" for subject, count in case.wanted.items())]
         for name in options.only:
-            right, numbers = 0, []
-            for seed in range(options.seeds):
-                paint(file(title, name, seed), case, name, seed)
-                found = counts(file(title, name, seed), detector)
-                numbers.append(sum(found[subject] for subject in case.wanted))
-                right += found == Counter(case.wanted)
-            row.append(f"{right} of {options.seeds} right ({', '.join(map(str, numbers))})")
+            for seed, path in enumerate(files(title, name)):
+                paint(path, case, name, seed)
+        wanted = ", ".join(f"{count} {subject}" for subject, count in case.wanted.items())
+        row = [title, wanted, *(cell(files(title, name), case, detector) for name in SHOWN)]
         lines.append(f"| {' | '.join(row)} |")
     print(*lines, sep="\n")
     if options.table:
         options.table.write_text("\n".join(lines) + "\n")
     if options.sheet:
-        sheet(
-            [[file(title, name, 0) for name in options.only] for title in CASES], options.sheet, height=192, quality=85
-        )
+        first = [[files(title, name)[0] for name in SHOWN] for title in CASES]
+        sheet([[path for path in row if path.exists()] for row in first], options.sheet, height=192, quality=85)
     return 0
 
 

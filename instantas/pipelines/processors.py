@@ -330,9 +330,12 @@ def cross_attention(network: torch.nn.Module) -> dict[Transformer2DModel, list[A
 
 def _text_alone(module, images):
     """Whether prompts go to cross-attention as they are, with the tokens of pictures beside them or without."""
-    config = getattr(module, "config", {})
-    elsewhere = config.get("addition_embed_type") in ("text", "text_image") or config.get("dual_cross_attention")
-    projected = config.get("encoder_hid_dim_type") or getattr(module, "text_encoder_hid_proj", None)
+    config = getattr(module, "config", None)
+    # by attribute: diffusers' load_ip_adapter sets that one, and leaves the entry
+    embedded, dual, projected = (
+        getattr(config, name, None) for name in ("addition_embed_type", "dual_cross_attention", "encoder_hid_dim_type")
+    )
+    elsewhere = embedded in ("text", "text_image") or dual or getattr(module, "text_encoder_hid_proj", None)
     return not elsewhere and projected == ("ip_image_proj" if images else None)
 
 

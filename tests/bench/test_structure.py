@@ -70,6 +70,9 @@ def test_a_failure_case_is_counted_whole(tmp_path):
             return [Found("boat", 0.9, 1, 1, 1, 1), Found("sun", 0.9, 1, 1, 1, 1)]
 
     assert failures.counts(tmp_path / "a.png", Two()) == {"boat": 1, "sun": 1} != case.wanted
+    assert failures.cell([tmp_path / "a.png", tmp_path / "b.png"], case, Two()) == "0 of 1 (1)"
+    assert failures.cell([tmp_path / "a.png"], case._replace(wanted={"boat": 1, "sun": 1}), Two()) == "1 of 1 (2)"
+    assert failures.cell([tmp_path / "b.png"], case, Two()) == "not painted"
 
 
 def test_an_anchor_gives_a_canvas_the_low_frequencies_of_the_native_picture():

@@ -34,8 +34,7 @@ def load_adapters(pipe, number=1, kind=IPAdapterAttnProcessor2_0):
                 torch.nn.init.normal_(weight, std=0.5)
     unet.set_attn_processor(processors)
     unet.encoder_hid_proj = MultiIPAdapterImageProjection([ImageProjection(24, 32, 4) for _ in range(number)])
-    unet.config["encoder_hid_dim_type"] = "ip_image_proj"
-    unet.config.encoder_hid_dim_type = "ip_image_proj"
+    unet.config.encoder_hid_dim_type = "ip_image_proj"  # the attribute alone, as diffusers' load_ip_adapter does it
     return pipe
 
 
