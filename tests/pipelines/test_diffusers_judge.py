@@ -42,6 +42,12 @@ REFUSED = {
 }
 """Tests that cannot pass through ours, by name, and why not."""
 
+DIFFERENT = {
+    ("test_controlnet_sdxl.py", "test_callback_cfg"): "its loop applies the guidance scale that the call was given; "
+    "ours what a callback has set, as diffusers' other loops do",
+}
+"""Calls that give something else than diffusers', by file and test, and why."""
+
 of_a_checkout = pytest.mark.skipif(
     not CHECKOUT, reason="DIFFUSERS_CHECKOUT: expected the folder of a diffusers checkout of the installed version"
 )
@@ -73,6 +79,11 @@ def refused(test):
     return test.split("::")[-1] in REFUSED
 
 
+def other(test):
+    path, *_, name = test.split("::")
+    return (path.split("/")[-1], name) in DIFFERENT
+
+
 @of_a_checkout
 @pytest.mark.parametrize("module", MODULES)
 def test_what_passes_in_diffusers_passes_through_ours(module):
@@ -91,7 +102,8 @@ def test_every_call_gives_what_diffusers_gives(module):
     alike = [call for call in calls if call["verdict"] in right]
     print(collections.Counter(call["verdict"] for call in calls))
     assert calls
-    assert [call for call in calls if call not in alike and not refused(call["test"])] == []
+    unlike = [call for call in calls if call not in alike and not refused(call["test"])]
+    assert [call for call in unlike if not (call["verdict"] == "different" and other(call["test"]))] == []
 
 
 @of_a_checkout
