@@ -169,10 +169,11 @@ def sample(
     steps = steps_of(latents, timesteps, stages, noise_levels, recurrence, interval)
     told = [] if callback is None or "denoised" not in inspect.signature(callback).parameters else ["denoised"]
     deviation = 1.0 if from_picture else getattr(scheduler, "init_noise_sigma", 1.0)
-    run, named = {}, dict(denoiser=denoiser) | getattr(denoiser, "fingerprint", dict)()
-    if group:
-        check_whole(named)
+    run = {}
     if group or checkpoint:
+        named = dict(denoiser=denoiser) | getattr(denoiser, "fingerprint", dict)()
+        if group:
+            check_whole(named)
         run = digests(
             dict(
                 latents=(latents.shape, latents.dtype),
