@@ -20,9 +20,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from bench.structure_pictures import METHODS, pipeline, sheet
+from bench.structure_pictures import METHODS, keep, pipeline, sheet
 from instantas.demo.detector import Detector
-from instantas.files import whole_file
 from instantas.regions import Region
 
 SHOWN = ("none", "shift", "MultiDiffusion", "coarse")
@@ -66,9 +65,7 @@ def paint(path: Path, case: Case, name: str, seed: int) -> None:
     picture = pipeline()(
         case.prompt, height=height, width=width, generator=generator, window_batch_size=20, **settings
     ).images[0]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path, overwrite=True) as part:
-        picture.save(part, format="PNG")
+    keep(picture, path)
 
 
 def counts(path: Path, detector: Detector) -> Counter[str]:

@@ -73,10 +73,13 @@ def paint(out: Path, name: str, size: int, prompt: str, seeds: range) -> None:
         many = dict(num_images_per_prompt=len(missing), generator=generators)
         pictures = pipeline()(prompt, **canvas, **many, **method).images
     for seed, picture in zip(missing, pictures):
-        path = file_of(out, name, size, prompt, seed)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(path, overwrite=True) as part:
-            picture.save(part, format="PNG")
+        keep(picture, file_of(out, name, size, prompt, seed))
+
+
+def keep(picture: Image.Image, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path, overwrite=True) as part:
+        picture.save(part, format="PNG")
 
 
 def arguments_of(

@@ -162,8 +162,15 @@ class RegionalIPAdapterAttnProcessor(RegionalAttnProcessor, IPAdapterAttnProcess
 
 
 def _attention(query, key, value):
-    """(B, N, heads D) of queries (B, N, heads, D), keys and values (B, L, heads D)."""
-    key, value = (t.unflatten(-1, query.shape[-2:]).transpose(1, 2) for t in (key, value))
+    """(B, N, heads D) of queries (B, N, heads, D), keys and values (k B, L, heads D): k go together, as in diffusers.
+
+    A run without guidance that is given the embeddings of one with it, the negative ones too, has k = 2.
+    """
+    together = max(1, len(key) // len(query))
+    key, value = (
+        t.unflatten(0, (-1, together)).flatten(1, 2).unflatten(-1, query.shape[-2:]).transpose(1, 2)
+        for t in (key, value)
+    )
     return F.scaled_dot_product_attention(query.transpose(1, 2), key, value).transpose(1, 2).flatten(-2)
 
 

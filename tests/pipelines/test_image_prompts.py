@@ -116,6 +116,17 @@ def test_equals_the_composition_by_hand(kind, pictures):
     assert error(by_hand(pipe, *pictures), wanted) > 1e-2
 
 
+@torch.no_grad()
+def test_embeddings_for_guidance_in_a_run_without_are_attended_to_as_diffusers_does(pipe):
+    def evaluated():
+        added = {"image_embeds": [random(2, 1, 24, seed=5)]}  # the negative one and the other, for one sample
+        return pipe.unet(random(1, 4, 16, 16), 500, encode(pipe, "stone"), added_cond_kwargs=added).sample
+
+    wanted = evaluated()
+    with regional(pipe, [Region("stone", box=ALL)]):
+        assert error(evaluated(), wanted) < 1e-4
+
+
 @pytest.mark.parametrize("pictures", [(1,), (2,), (1, 2)])
 def test_masks_of_the_adapter(pictures):
     pipe, masks = load_adapters(tiny.tiny_pipeline(), len(pictures)), [halves(count) for count in pictures]

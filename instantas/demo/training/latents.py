@@ -48,7 +48,7 @@ SCENE_EMPHASIS = {
     "sun": 0.7,
     "": 0.5,
 }
-"""How much more often than a house scenes of a subject are shown."""
+"""How often scenes of a subject are shown, where a house is shown once: some are learned more slowly."""
 
 
 class TrainingLatents(NamedTuple):
