@@ -19,7 +19,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 from bench.gpu_groups import TOGETHER, Group, Setting
@@ -29,6 +29,7 @@ ROOT = Path(__file__).parents[1]
 START = 120  # seconds until a worker has imported what it needs and found its items
 LOGGED = {"sanitizer"}  # stages whose output is kept whatever comes of them
 FORGIVEN = {"speeds", "sanitizer"}  # stages in which an item that hangs has shown no wrong result: it is absent
+LOOK = 1  # seconds: a signal that comes just before a thread begins to wait is handled once the wait ends
 LOSSES = 3  # workers that a group may lose and still be given another
 
 
@@ -56,7 +57,11 @@ class Crew:
         threads = max(1, self.cores // processes)
         with ThreadPoolExecutor(processes) as pool:
             try:
-                list(pool.map(lambda group: self._group(group, threads), groups))
+                futures = [pool.submit(self._group, group, threads) for group in groups]
+                while wait(futures, LOOK).not_done:
+                    pass
+                for future in futures:
+                    future.result()
             except BaseException:  # an interrupt among them
                 self.stop()
                 raise

@@ -194,26 +194,30 @@ def test_a_spent_budget_begins_nothing_new_and_says_what_was_left(stand_ins, tmp
     assert "| grid: triton | 0 | 0 | 0 | all | 0 | not run: the budget is spent |" in text
 
 
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("how", [signal.SIGTERM, "SIGTERM while the main thread sleeps on", signal.SIGKILL])
 def test_workers_end_with_the_run_and_the_report_is_there(stand_ins, tmp_path, how):
     stand_ins.setenv("FAULTS", "triton gather_windows endless; triton scatter_windows endless")
     code = f"""
-import gpu_stand_ins, signal, sys
+import gpu_stand_ins, signal, sys, threading
 from pathlib import Path
 from bench import gpu
 gpu_stand_ins.SHORT = 1000
 signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+def told():
+    sys.stdin.read()
+    signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
+threading.Thread(target=told, daemon=True).start()
 setting = gpu.Setting("cpu", smoke=True)
 gpu.run(setting, gpu.chosen(setting, ["triton"], "gpu_stand_ins"), Path({str(tmp_path)!r}), module="gpu_stand_ins")
 """
-    with subprocess.Popen([sys.executable, "-c", code], cwd=oracle.ROOT) as run:
+    with subprocess.Popen([sys.executable, "-c", code], cwd=oracle.ROOT, stdin=subprocess.PIPE) as run:
         until(lambda: workers(run.pid))
         worker = workers(run.pid)[0]
-        run.send_signal(how)
+        run.stdin.close() if isinstance(how, str) else run.send_signal(how)
         run.wait(PATIENCE)
     until(lambda: not Path(f"/proc/{worker}").exists())
     state = json.loads((tmp_path / "gpu-smoke.json").read_text())["state"]
-    assert state == ("stopped" if how == signal.SIGTERM else "under way")
+    assert state == ("under way" if how == signal.SIGKILL else "stopped")
 
 
 def until(condition):
