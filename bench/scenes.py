@@ -16,7 +16,18 @@ import numpy as np
 from PIL import Image
 
 from bench.quality import gradient_energy, load_picture
-from bench.structure_pictures import OCTAVES, arguments_of, bracket, cost, file_of, octaves, paint_all, seams, sheet
+from bench.structure_pictures import (
+    OCTAVES,
+    arguments_of,
+    border,
+    bracket,
+    cost,
+    file_of,
+    octaves,
+    paint_all,
+    seams,
+    sheet,
+)
 from instantas.demo.detector import Detector
 
 PROMPTS = {
@@ -32,8 +43,14 @@ PROMPTS = {
 """Prompt to the subject that is counted."""
 
 SIZES = {
-    2: ["none", "shift", "dilated", "MultiDiffusion", "anchor", "refined", "coarse", "coarse, economy"],
-    3: ["none", "shift", "anchor", "refined", "coarse", "coarse, economy"],
+    2: [
+        *("none", "shift", "dilated", "MultiDiffusion", "anchor", "refined", "coarse", "coarse, economy"),
+        *("shift, overlapping", "coarse, overlapping", "coarse, economy, overlapping"),
+    ],
+    3: [
+        *("none", "shift", "anchor", "refined", "coarse", "coarse, economy"),
+        *("shift, overlapping", "coarse, overlapping"),
+    ],
 }
 
 
@@ -72,8 +89,10 @@ def table(out: Path, sizes: dict[int, list[str]], seeds: int, detector: Detector
     for size, names in sizes.items():
         waves = " | ".join(f"{short} to {long} px" for short, long in zip((2, *OCTAVES), OCTAVES))
         lines += ["", f"{size} x {size} windows:", ""]
-        lines.append(f"| method | pictures | evaluations | subjects | exactly one | detail | seams | {waves} |")
-        lines.append("|---" * (7 + len(OCTAVES)) + "|")
+        lines.append(
+            f"| method | pictures | evaluations | subjects | exactly one | detail | seams | border | {waves} |"
+        )
+        lines.append("|---" * (8 + len(OCTAVES)) + "|")
         shift = measure(out, "shift", size, seeds, detector)
         notes = []
         for name in names:
@@ -84,7 +103,9 @@ def table(out: Path, sizes: dict[int, list[str]], seeds: int, detector: Detector
             bands = " | ".join(f"{10**d:.2f}" for d in found["octaves"].mean(0) - shift["octaves"].mean(0))
             subjects = f"{bracket(found['subjects'])} | {(found['subjects'] == 1).mean():.0%}"
             ratio = bracket(found["seams"], found["weights"])
-            row = f"{len(found['subjects'])} | {cost(name, size):.2f} | {subjects} | {detail:.3f} | {ratio} | {bands}"
+            edge = border(out, name, size, PROMPTS, seeds)
+            measures = f"{detail:.3f} | {ratio} | {edge} | {bands}"
+            row = f"{len(found['subjects'])} | {cost(name, size):.2f} | {subjects} | {measures}"
             lines.append(f"| {name} | {row} |")
             notes.append(f"* {name}: {by_prompt(found)}")
         lines += ["", "Subjects by prompt:", "", *notes]

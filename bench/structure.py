@@ -22,6 +22,7 @@ from bench.quality import gradient_energy, load_picture
 from bench.structure_pictures import (
     OCTAVES,
     arguments_of,
+    border,
     bracket,
     cost,
     file_of,
@@ -35,8 +36,8 @@ from bench.structure_pictures import (
 PROMPTS = SCENES[:6]
 SEEDS = {1: 5, 2: 5, 3: 2}  # of every prompt, by the windows a side
 SIZES = {
-    2: ["none", "shift", "coarse", "coarse, economy", "coarse, sigma 1.1"],
-    3: ["none", "shift", "coarse", "coarse, sigma 1.1"],
+    2: ["none", "shift", "coarse", "coarse, economy", "coarse, sigma 1.1", "shift, overlapping", "coarse, overlapping"],
+    3: ["none", "shift", "coarse", "coarse, sigma 1.1", "shift, overlapping", "coarse, overlapping"],
 }
 LEAST = 0.03  # of the picture's area, that counts as a patch
 
@@ -107,16 +108,18 @@ def table(out: Path, sizes: dict[int, list[str]]) -> list[str]:
         shift = measure(out, "shift", size)
         lines += ["", f"{size} x {size} windows, {len(shift['patches'])} pictures:", ""]
         waves = " | ".join(f"{short} to {long} px" for short, long in zip((2, *OCTAVES), OCTAVES))
-        lines.append(f"| method | evaluations | patches | detail | seams | {waves} |")
-        lines.append("|---" * (5 + len(OCTAVES)) + "|")
+        lines.append(f"| method | evaluations | patches | detail | seams | border | {waves} |")
+        lines.append("|---" * (6 + len(OCTAVES)) + "|")
         for name in names:
             if not file_of(out, name, size, PROMPTS[-1], SEEDS[size] - 1).exists():
                 continue
             found = measure(out, name, size)
             detail = found["detail"].mean() / shift["detail"].mean()
             bands = " | ".join(f"{10**d:.2f}" for d in (found["octaves"] - shift["octaves"]).mean(0))
-            seams = bracket(found["seams"], found["weights"])
-            row = f"{cost(name, size):.2f} | {bracket(found['patches'])} | {detail:.3f} | {seams} | {bands}"
+            ratio = bracket(found["seams"], found["weights"])
+            edge = border(out, name, size, PROMPTS, SEEDS[size])
+            measures = f"{detail:.3f} | {ratio} | {edge} | {bands}"
+            row = f"{cost(name, size):.2f} | {bracket(found['patches'])} | {measures}"
             lines.append(f"| {name} | {row} |")
     return lines
 

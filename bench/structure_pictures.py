@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -16,8 +17,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from bench.quality import bootstrap, seam_ratio, seam_scatter, window_borders
-from bench.structure_rivals import RIVALS, STRENGTH
+from bench.quality import bootstrap, load_picture, seam_ratio, seam_scatter, steps_across, window_borders
+from bench.structure_rivals import RIVALS, STRENGTH, Overlapping
 from instantas import InstantASPipeline, demo
 from instantas.files import whole_file
 from instantas.sampling import coarse
@@ -30,7 +31,7 @@ OCTAVES = (4, 8, 16, 32, 64, 128)  # wavelengths in pixels: bands between neighb
 class Method(NamedTuple):
     """Arguments of the pipeline's call; other methods are of `bench/structure_rivals.py`."""
 
-    bridging: str = "shift"
+    bridging: Any = "shift"
     start: Any = "none"
     method: str = "instantas"
 
@@ -45,6 +46,9 @@ METHODS = {
     "MultiDiffusion": Method("default", method="multidiffusion"),
     "anchor": Method(method="anchor"),
     "refined": Method(method="refined"),
+    "shift, overlapping": Method(Overlapping()),
+    "coarse, overlapping": Method(Overlapping(), "coarse"),
+    "coarse, economy, overlapping": Method(Overlapping(share=0.65), "coarse"),
 }
 
 
@@ -154,6 +158,28 @@ def seams(picture: np.ndarray) -> tuple[list[float], list[float]]:
     return [seam_ratio(picture, borders, axis) for axis in axes], [
         1 / seam_scatter(picture, borders, axis) for axis in axes
     ]
+
+
+def border_steps(path: Path) -> float:
+    """log of the mean difference across the window borders of a picture of square size, mean of both axes."""
+    picture = load_picture(path)
+    borders = window_borders(len(picture), SIDE)
+    return float(np.mean([np.log(steps_across(picture, axis)[borders].mean()) for axis in (0, 1)]))
+
+
+def border(out: Path, name: str, size: int, prompts: Iterable[str], seeds: int) -> str:
+    """What a border adds: the difference across it over that in the same run with `Overlapping` resting windows.
+
+    1: no seam, whatever is painted there. Empty where such a run was not painted.
+    """
+    apart = []
+    for prompt, seed in itertools.product(prompts, range(seeds)):
+        files = [file_of(out, method, size, prompt, seed) for method in (name, f"{name}, overlapping")]
+        if all(file.exists() for file in files):
+            apart.append(border_steps(files[0]) - border_steps(files[1]))
+    if not apart:
+        return ""
+    return "{:.3f} ({:.3f} to {:.3f})".format(*np.exp([np.mean(apart), *bootstrap(apart)]))
 
 
 def bracket(values, weights=None, digits: int = 2) -> str:

@@ -1,4 +1,8 @@
-"""Rivals of coarse starts, as short as they can be: a native picture as an anchor of every step, and one enlarged."""
+"""What coarse starts are held against, as short as it can be.
+
+Rivals: a native picture as an anchor of every step, and one enlarged. And the same run without borders at rest, which
+tells a seam from what is painted there.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +13,8 @@ from typing import Any
 
 import torch
 
-from instantas.sampling.bridging import PREDICTION, Joined, Shift, Stage
-from instantas.sampling.coarse import carry
+from instantas.sampling.bridging import PREDICTION, WINDOWS, Joined, Shift, Stage
+from instantas.sampling.spectrum import carry
 from instantas.windows import WindowPlan
 
 Generators = list[torch.Generator]
@@ -34,12 +38,32 @@ class Kept:
 
 
 @dataclass(frozen=True)
+class Overlapping:
+    """`Shift` whose resting windows overlap by half: the same run, without the borders that its last step leaves.
+
+    Attributes:
+        share: as of `Shift`.
+    """
+
+    share: float = 1.0
+
+    chooses = WINDOWS
+
+    def step(self, step: int, steps: int, plan: WindowPlan) -> Stage:
+        stage = Shift(self.share).step(step, steps, plan)
+        if stage.plan is not plan or plan.count == 1:
+            return stage
+        blended = WindowPlan.strided(plan.height, plan.width, plan.window, (plan.window[0] // 2, plan.window[1] // 2))
+        return Stage(blended, blended.weight("linear"))
+
+
+@dataclass(frozen=True)
 class Anchor:
     """A bridge that pulls low frequencies of the predicted x_0 to those of a native run's predictions.
 
         x_0 <- x_0 + lambda_t U(x_0_native - D(x_0)),    lambda_t = (1 + cos(pi step / steps)) / 2
 
-    D and U keep the frequencies that both canvases have (`coarse.carry`).
+    D and U keep the frequencies that both canvases have (`spectrum.carry`).
     """
 
     native: Sequence[torch.Tensor]

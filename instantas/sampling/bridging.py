@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from instantas import ops
-from instantas.checks import real
+from instantas.checks import flag, real
 from instantas.windows import WindowPlan, outside_of_modes
 
 WINDOWS, VIEW, PREDICTION = "the windows", "the view", "the prediction"  # no two joined bridges choose the same
@@ -79,7 +79,7 @@ class Stage:
     Attributes:
         plan: the windows for which the network is run, on the canvas of the run or on what the view makes of it. Cells
             that none of them covers, of a partial plan, re-use the latest prediction made there, carried to the step's
-            noise level. That of the first step covers all.
+            noise level. That of the first step covers all, unless the run begins with predictions (`going_on`).
         weight: overlap weight of the windows; None: the run's own.
         adjust: function of (prediction, sample, context), all (B, C, H, W) but the `step.StepContext`, that returns
             the merged and guided prediction to use.
@@ -115,21 +115,25 @@ class Shift:
     opposite edges that do not wrap.
 
     Overlaps are blended with weights that fall to the windows' borders. The first and the last step have the windows of
-    the run's own plan, so that every cell starts and ends with a prediction of its own.
+    the run's own plan, so that every cell starts and ends with a prediction of its own. Where the first step has
+    something to re-use, `moves_first`, its windows move too, by half of what they can: it leaves no border.
 
     Evaluations: n windows an axis, as many as minimum coverage has, at each of the max(1, floor(share steps)) steps
     that are evaluated; at the others, spread evenly, every cell re-uses its latest prediction.
 
     Attributes:
         share: share of the steps that are evaluated, 0 < share <= 1.
+        moves_first: whether the run begins with a prediction of every cell, as after a coarse start (`going_on`).
     """
 
     share: float = 1.0
+    moves_first: bool = False
 
     chooses = WINDOWS
 
     def __post_init__(self):
         real("share", self.share, 0, 1, above=True)
+        flag("moves_first", self.moves_first)
 
     def step(self, step: int, steps: int, plan: WindowPlan) -> Stage:
         if not _several(plan):
@@ -138,7 +142,7 @@ class Shift:
         index = round(step * (count - 1) / max(1, steps - 1))
         if round(index * (steps - 1) / max(1, count - 1)) != step:
             return Stage(plan.subset([]))
-        if index in (0, count - 1):
+        if index == count - 1 or (index == 0 and not self.moves_first):
             return Stage(plan)
         far_ends = (index // 2 % 2, index % 2)
         axes = zip((plan.height, plan.width), plan.window, plan.wrap, far_ends, _offsets(index))
@@ -347,6 +351,13 @@ def bridge(name: str | Bridge | None) -> Bridge | None:
         offered = ", ".join(["none", "default", *BRIDGES])
         raise ValueError(f"bridging: expected one of {offered}, or several joined by '+', got {name!r}")
     return BRIDGES[names[0]] if len(names) == 1 else Joined(tuple(BRIDGES[each] for each in names))
+
+
+def going_on(bridge: Bridge | None) -> Bridge | None:
+    """The bridge of a run that begins with a prediction of every cell, which its first step may re-use."""
+    if isinstance(bridge, Joined):
+        return replace(bridge, bridges=tuple(map(going_on, bridge.bridges)))
+    return replace(bridge, moves_first=True) if isinstance(bridge, Shift) else bridge
 
 
 def evaluations(

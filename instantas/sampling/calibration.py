@@ -23,7 +23,8 @@ import torch
 
 from instantas.checks import real
 from instantas.sampling.bridging import Stage
-from instantas.sampling.coarse import carry, known_levels, noised, normal
+from instantas.sampling.coarse import known_levels, noised
+from instantas.sampling.spectrum import carry, normal
 from instantas.sampling.step import StepContext
 from instantas.windows import WindowPlan
 

@@ -22,10 +22,10 @@ from instantas.sampling import bridging
 from instantas.sampling.checkpoint import Recorder
 from instantas.sampling.noise import Level, levels
 from instantas.sampling.schedulers import unplaced
+from instantas.sampling.spectrum import carry, normal, with_detail
 from instantas.sampling.step import StepContext
 from instantas.windows import WindowPlan
 
-BINS = 16  # of frequency, in which the power of detail is measured
 SIGMA = 1.5
 """From where a coarse start goes on with a model that was not measured (`instantas calibrate`), a choice for Stable
 Diffusion 1.x, 2.x and XL: they share a noise schedule (scaled linear, 0.00085 to 0.012, in which it is timestep 477)
@@ -161,7 +161,8 @@ def evaluations(
     *before, last = runs
     first = None if until is None else until.step
     smaller = sum(bridging.evaluations(bridge, leg.plan, leg.steps) for leg in before)
-    return smaller + bridging.evaluations(bridge, last.plan, last.steps, first, **settings)
+    here = bridging.going_on(bridging.bridge(bridge)) if before else bridge
+    return smaller + bridging.evaluations(here, last.plan, last.steps, first, **settings)
 
 
 def begun(
@@ -173,8 +174,8 @@ def begun(
     recorder: Recorder,
     first: int = 0,
     **settings: Any,
-) -> torch.Tensor:
-    """What the last leg begins with, (B, C, H, W) with its timestep's noise: runs the legs before it.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What the last leg begins with, (B, C, H, W), the clean latents and the noise in it; runs the legs before it.
 
     Args:
         sample: `sampler.sample`, of everything but what is said here.
@@ -189,6 +190,7 @@ def begun(
     """
     begins = runs[first].plan  # another than the smallest with the file's canvas, whatever is given here
     x, ended = carry(latents, (begins.height, begins.width), begins.wrap), list[bool]()
+    clean = noise = x
     for number, (leg, after) in list(enumerate(zip(runs, runs[1:])))[first:]:
         wider = after.plan.height, after.plan.width
         clean = sample(
@@ -205,9 +207,10 @@ def begun(
         group = settings.get("group")
         if ended if group is None else group.first(lambda: ended):  # the callback is rank 0's
             raise Interrupted(_enlarged(clean, latents.shape[2:], leg.plan.wrap))
-        x = with_detail(clean, wider, after.plan.wrap, settings["generator"])
-        x = noised(after.scheduler, x, normal(x, settings["generator"]), after.begin or 0)
-    return x
+        clean = with_detail(clean, wider, after.plan.wrap, settings["generator"])
+        noise = normal(clean, settings["generator"])
+        x = noised(after.scheduler, clean, noise, after.begin or 0)
+    return x, clean, noise
 
 
 class Interrupted(Exception):
@@ -249,73 +252,6 @@ def noised(scheduler: Any, clean: torch.Tensor, noise: torch.Tensor, begin: int)
     if hasattr(scheduler, "scale_noise"):  # of flow matching
         return scheduler.scale_noise(clean, timestep, noise)
     return scheduler.add_noise(clean, noise, timestep)
-
-
-def normal(like: torch.Tensor, generator: torch.Generator | list[torch.Generator] | None) -> torch.Tensor:
-    """Standard normal numbers of a tensor's shape, drawn where the generator is; a list draws picture by picture."""
-    if isinstance(generator, list):
-        return torch.cat([normal(one, each) for one, each in zip(like.split(1), generator)])
-    device = like.device if generator is None else generator.device
-    return torch.randn(like.shape, generator=generator, device=device, dtype=like.dtype).to(like.device)
-
-
-def carry(x: torch.Tensor, size: tuple[int, int], wrap: tuple[bool, bool]) -> torch.Tensor:
-    """(..., H, W) -> (..., *size): the frequencies that both sizes have, in orthonormal bases.
-
-    White noise carried down is white noise; carried up it is white in the corner of its frequencies, and 0 elsewhere.
-    """
-    wide = torch.promote_types(x.dtype, torch.float32)
-    rows, columns = (
-        (basis(new, wraps)[:old].T @ basis(old, wraps)[:new]).to(x.device, wide)
-        for new, old, wraps in zip(size, x.shape[-2:], wrap)
-    )
-    return (rows @ x.to(wide) @ columns.T).to(x.dtype)
-
-
-def with_detail(
-    clean: torch.Tensor,
-    size: tuple[int, int],
-    wrap: tuple[bool, bool],
-    generator: torch.Generator | list[torch.Generator] | None = None,
-) -> torch.Tensor:
-    """(B, C, H, W) -> (B, C, *size): clean latents enlarged, with random detail above their frequencies.
-
-    The power of detail is what each picture and channel has itself at that distance from frequency 0, in `BINS` bins.
-    """
-    (height, width), device = clean.shape[-2:], clean.device
-    wide = torch.promote_types(clean.dtype, torch.float32)
-    bases = [basis(side, wraps).to(device, wide) for side, wraps in zip((height, width), wrap)]
-    wider = [basis(side, wraps).to(device, wide) for side, wraps in zip(size, wrap)]
-    spectrum = bases[0] @ clean.to(wide) @ bases[1].T
-    own, others = (_radius(each, wrap).to(device) for each in ((height, width), size))
-    bins, wanted = ((radius * (BINS / own.max())).long().clamp(max=BINS - 1) for radius in (own, others))
-    members = F.one_hot(bins.flatten(), BINS).to(wide)
-    power = (spectrum.square().flatten(2) @ members / members.sum(0).clamp(min=1))[..., wanted]
-    larger = normal(power, generator) * power.sqrt()
-    larger[..., :height, :width] = spectrum * math.sqrt(size[0] * size[1] / (height * width))
-    return (wider[0].T @ larger @ wider[1]).to(clean.dtype)
-
-
-def basis(length: int, wraps: bool) -> torch.Tensor:
-    """(length, length) float64, orthonormal rows of rising frequency: the DCT-II, or on a circle sines and cosines."""
-    place = (torch.arange(length, dtype=torch.float64) + 0.5) / length
-    number = torch.arange(length, dtype=torch.float64)[:, None]
-    if wraps:
-        turns = 2 * math.pi * torch.ceil(number / 2) * place
-        # sines first: the last row of an even length has no cosine, and is the sine of a larger canvas too
-        rows = torch.where(number % 2 == 1, turns.sin(), turns.cos())
-    else:
-        rows = torch.cos(math.pi * number * place)
-    return rows / rows.norm(dim=1, keepdim=True)
-
-
-def _radius(size, wrap):
-    """(H, W): distance of each number of a spectrum from frequency 0, in cycles per cell."""
-    frequency = [
-        torch.ceil(torch.arange(length) / 2) / length if wraps else torch.arange(length) / (2 * length)
-        for length, wraps in zip(size, wrap)
-    ]
-    return torch.hypot(frequency[0][:, None], frequency[1][None])
 
 
 def _few_steps(scheduler, share):

@@ -56,13 +56,18 @@ class Known:
         return self.painted.flatten(0, 1).any(0).cpu()
 
     def prediction(self, level: Level | None) -> torch.Tensor:
-        """(1, B, C, H, W): what a network would predict that knew the latents, in the form that is carried on."""
-        match "epsilon" if level is None else level.predicts:
-            case "sample":
-                return self.latents[None]
-            case "flow_prediction":
-                return (self.noise - self.latents)[None]
-        return self.noise[None]
+        """`prediction_of` the latents and their noise."""
+        return prediction_of(self.latents, self.noise, level)
+
+
+def prediction_of(clean: torch.Tensor, noise: torch.Tensor, level: Level | None) -> torch.Tensor:
+    """(1, B, C, H, W): what a network would predict that knew both, in the form that is carried on."""
+    match "epsilon" if level is None else level.predicts:
+        case "sample":
+            return clean[None]
+        case "flow_prediction":
+            return (noise - clean)[None]
+    return noise[None]
 
 
 class Restorer:

@@ -16,13 +16,13 @@ from typing import Any
 import torch
 
 from instantas.sampling import coarse
-from instantas.sampling.bridging import Bridge, Stage, bridge
+from instantas.sampling.bridging import Bridge, Stage, bridge, going_on
 from instantas.sampling.checkpoint import Checkpoint, Recorder
 from instantas.sampling.coarse import CoarseStart
 from instantas.sampling.evaluator import Evaluator
 from instantas.sampling.fingerprint import digests
 from instantas.sampling.graphs import StepGraphs
-from instantas.sampling.known import Known, Restorer
+from instantas.sampling.known import Known, Restorer, prediction_of
 from instantas.sampling.parallel import SharedEvaluator, call_back, shared
 from instantas.sampling.schedulers import noise_after, probe
 from instantas.sampling.settings import (
@@ -153,7 +153,8 @@ def sample(
     from_picture, begin = begin is not None, checked_begin(begin or 0, len(scheduler.timesteps))
     timesteps = scheduler.timesteps[begin:]
     timesteps = timesteps[: checked_evaluations(evaluations, len(timesteps))]
-    stages = stages_of(bridging, plan, len(timesteps), weight, latents.device)
+    bridge_here = going_on(bridging) if before else bridging
+    stages = stages_of(bridge_here, plan, len(timesteps), weight, latents.device, predicted=bool(before))
     if known is not None:
         stages = beside(known, stages, latents)
         restored = Restorer(known, noise_after(scheduler, begin, len(stages)), [stage for stage, _ in stages])
@@ -222,12 +223,14 @@ def sample(
         begin_smaller = functools.partial(sample, denoiser)
         try:
             runs = [*before, last]
-            state = replace(
-                state,
-                canvas=coarse.begun(begin_smaller, latents, runs, guidance_scale, callback, recorder, leg, **settings),
+            canvas, clean, noise = coarse.begun(
+                begin_smaller, latents, runs, guidance_scale, callback, recorder, leg, **settings
             )
         except coarse.Interrupted as stop:
             return stop.latents
+        latest = prediction_of(clean, noise, noise_levels[0]).to(latents.dtype) if reuse else None
+        state = replace(state, canvas=canvas, latest=latest)
+        del canvas, clean, noise, latest
     callback = coarse.counted_from(callback, sum(leg.steps for leg in before))
     if cuda_graph:
         advance = StepGraphs(advance, steps[done:], getattr(denoiser, "phase", None))

@@ -110,9 +110,14 @@ def evaluated_cells(known: Known, plan: WindowPlan) -> torch.Tensor | None:
 
 
 def stages_of(
-    bridging: Bridge | None, plan: WindowPlan, steps: int, weight: torch.Tensor | None, device: torch.device
+    bridging: Bridge | None,
+    plan: WindowPlan,
+    steps: int,
+    weight: torch.Tensor | None,
+    device: torch.device,
+    predicted: bool = False,
 ) -> list[Weighted]:
-    """(stage, overlap weight) of every step."""
+    """(stage, overlap weight) of every step; predicted: whether the first has a prediction of every cell to re-use."""
     weight = _tracked(weight)
     if bridging is None:
         return [(Stage(plan), weight)] * steps
@@ -123,8 +128,9 @@ def stages_of(
             wanted = (len(stage.view.rows), len(stage.view.columns))
         if size != wanted:
             raise ValueError(f"bridging: expected plans of {wanted[0]} x {wanted[1]} cells, got {size} at step {i}")
-        if stage.plan.partial and (i == 0 or stage.view is not None):
-            why = "there is nothing to re-use" if i == 0 else "a view is seen whole"
+        nothing = i == 0 and not predicted
+        if stage.plan.partial and (nothing or stage.view is not None):
+            why = "there is nothing to re-use" if nothing else "a view is seen whole"
             raise ValueError(f"bridging: expected every cell covered at step {i}, as {why}, got {stage.plan}")
     return [(stage, weight if stage.weight is None else _tracked(stage.weight.to(device))) for stage in stages]
 

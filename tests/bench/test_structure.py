@@ -13,7 +13,7 @@ pytest.importorskip("sklearn", reason="needs instantas[train]")
 from bench import detection, failures, scenes, structure_pictures, structure_rivals  # noqa: E402
 from instantas import demo  # noqa: E402
 from instantas.demo.detector import Found  # noqa: E402
-from instantas.sampling import coarse  # noqa: E402
+from instantas.sampling.spectrum import carry  # noqa: E402
 from instantas.windows import WindowPlan  # noqa: E402
 
 
@@ -81,11 +81,9 @@ def test_an_anchor_gives_a_canvas_the_low_frequencies_of_the_native_picture():
     anchor, plan = structure_rivals.Anchor([native] * 5), WindowPlan.minimum_coverage(32, 32, 16)
     context = SimpleNamespace(level=itself)
     pulled = anchor.step(0, 5, plan).adjust(canvas, None, context)
-    low = coarse.carry(pulled, (16, 16), (False, False))
+    low = carry(pulled, (16, 16), (False, False))
     assert torch.allclose(low, 2 * native, atol=1e-12)  # a cell of the canvas is as bright as one of the native picture
-    high = [
-        x - coarse.carry(coarse.carry(x, (16, 16), (False, False)), (32, 32), (False, False)) for x in (canvas, pulled)
-    ]
+    high = [x - carry(carry(x, (16, 16), (False, False)), (32, 32), (False, False)) for x in (canvas, pulled)]
     assert torch.allclose(*high, atol=1e-12)
     late = anchor.step(4, 5, plan).adjust(canvas, None, context)
     assert 0 < (late - canvas).norm() < 0.2 * (pulled - canvas).norm()

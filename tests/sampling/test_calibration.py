@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from instantas.sampling.calibration import SHARE, Calibration, measure
-from instantas.sampling.coarse import basis
 from instantas.sampling.sampler import sample
+from instantas.sampling.spectrum import basis
 from instantas.testing.tiny import scheduler
 from instantas.windows import WindowPlan
 

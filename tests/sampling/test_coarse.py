@@ -5,9 +5,10 @@ import pytest
 import torch
 
 from instantas.sampling import bridging, coarse
-from instantas.sampling.coarse import CoarseStart, basis, carry, with_detail
+from instantas.sampling.coarse import CoarseStart
 from instantas.sampling.noise import levels
 from instantas.sampling.sampler import sample
+from instantas.sampling.spectrum import basis, carry, normal, with_detail
 from instantas.windows import WindowPlan
 from tests.sampling.runs import of
 
@@ -79,7 +80,7 @@ def test_the_noise_that_a_larger_canvas_goes_on_with_is_white(kind):
     chosen.set_timesteps(STEPS)
     begin, generator = coarse._begin(chosen, 1.5), torch.Generator().manual_seed(0)
     empty = with_detail(torch.zeros(64, 4, 8, 8), (16, 16), (False, False), generator)
-    x = coarse.noised(chosen, empty, coarse.normal(empty, generator), begin)
+    x = coarse.noised(chosen, empty, normal(empty, generator), begin)
     level = levels(chosen)[begin]
     deviation = level.noise / level.signal if kind == "EulerDiscrete" else level.noise
     power = spectrum(x).square().mean((0, 1)) / deviation**2
@@ -387,3 +388,56 @@ def test_what_cannot_start_so_is_refused_before_the_network_is_called(given, kin
 def test_settings_out_of_range(name, value):
     with pytest.raises(ValueError, match=f"{name}: expected"):
         CoarseStart(**{name: value})
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+def test_windows_move_from_the_first_step_on_the_larger_canvas(prediction):
+    """It leaves no border; what none of its windows covers is predicted to be what was carried up."""
+    plan, chosen = WindowPlan.minimum_coverage(16, 16, 8), of("DDIM", prediction_type=prediction)
+    origins, after = [], []
+
+    def denoiser(windows, t, context):
+        if context.size == (16, 16) and context.step == 0:
+            origins.append(context.origins.tolist())
+        return network(windows, t, context)
+
+    def kept(step, t, latents):
+        after.append(latents)
+
+    settings = dict(num_inference_steps=STEPS, bridging="shift", start="coarse", callback=kept)
+    sample(denoiser, draw(0, 1, 4, 16, 16), plan, chosen, generator=torch.Generator().manual_seed(5), **settings)
+    small, last = coarse.legs(CoarseStart(), plan, chosen)
+    (moved,) = origins
+    covered = torch.zeros(16, 16, dtype=torch.bool)
+    for y, x in moved:
+        covered[y : y + 8, x : x + 8] = True
+    assert len(moved) == plan.count and not covered.all() and covered[:, 7:9].any() and covered[7:9].any()
+    assert not {(8, 0), (0, 8), (8, 8)} & set(map(tuple, moved))
+    generator = torch.Generator().manual_seed(5)
+    clean = with_detail(after[small.steps - 1], (16, 16), plan.wrap, generator)
+    noise = torch.randn(clean.shape, generator=generator)
+    wanted = chosen.add_noise(clean, noise, chosen.timesteps[last.begin + 1][None])
+    found = after[small.steps]
+    torch.testing.assert_close(found[..., ~covered], wanted[..., ~covered], atol=2e-4, rtol=0)
+    assert (found - wanted)[..., covered].abs().max() > 0.1
+
+
+def test_bridges_of_a_run_that_goes_on():
+    plan = WindowPlan.minimum_coverage(16, 16, 8)
+    for name in ("shift", "economy", "shift+moments"):
+        first = bridging.going_on(bridging.bridge(name)).step(0, 10, plan)
+        assert first.plan.partial and first.plan.count == plan.count
+        assert bridging.going_on(bridging.bridge(name)).step(9, 10, plan).plan is plan
+        assert bridging.bridge(name).step(0, 10, plan).plan is plan
+        assert bridging.evaluations(bridging.going_on(bridging.bridge(name)), plan, 10) == bridging.evaluations(
+            name, plan, 10
+        )
+    assert (
+        bridging.going_on(None) is None
+        and bridging.going_on(bridging.BRIDGES["centred"]) is bridging.BRIDGES["centred"]
+    )
+    with pytest.raises(ValueError, match="expected every cell covered at step 0, as there is nothing to re-use"):
+        sample(
+            network, draw(0, 1, 4, 16, 16), plan, of("DDIM"), num_inference_steps=4,
+            bridging=bridging.Shift(moves_first=True),
+        )  # fmt: skip

@@ -7,6 +7,7 @@ from instantas.sampling import coarse
 from instantas.sampling.checkpoint import Checkpoint, read
 from instantas.sampling.coarse import CoarseStart
 from instantas.sampling.sampler import sample
+from instantas.sampling.spectrum import carry
 from instantas.windows import WindowPlan
 from tests.sampling.runs import noise, of
 
@@ -94,7 +95,7 @@ def test_a_callback_that_ends_the_run_on_a_smaller_canvas_leaves_one_that_goes_o
     steps = []
     ended = kept(tmp_path / "run", callback=ending)[0]
     saved = read(tmp_path / "run")["canvas"]
-    torch.testing.assert_close(ended, coarse.carry(saved, (32, 32), LARGE.wrap) * 4)
+    torch.testing.assert_close(ended, carry(saved, (32, 32), LARGE.wrap) * 4)
     doubled, _, seen = kept(callback=lambda step, t, latents: latents * 2 if step == 1 else None)
     assert torch.equal(kept(tmp_path / "run", callback=ending)[0], doubled) and steps == list(range(len(seen)))
 
