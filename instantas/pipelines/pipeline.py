@@ -339,6 +339,7 @@ class InstantASPipeline(Tasks):
                     pipe.scheduler,
                     evaluations=end - (begin or 0),
                     begin=begin,
+                    origin=canvas.origin,
                     known=known,
                     guidance_scale=guidance if cuda_graph else step_end.guidance,
                     guidance_rescale=guidance_rescale if cuda_graph else step_end.guidance_rescale,

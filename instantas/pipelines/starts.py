@@ -136,11 +136,13 @@ class Start:
 
     Attributes:
         latents: (pictures, C, H, W), as `sampler.sample` takes them: noise, or with `begin` a noised picture.
+        origin: of a noised picture, its clean latents and the noise.
         known: the cells outside of the mask; None without.
         told: (pictures, 1 + C, H, W), the mask and the latents of what it leaves, for an inpainting UNet.
     """
 
     latents: torch.Tensor
+    origin: tuple[torch.Tensor, torch.Tensor] | None = None
     known: Known | None = None
     told: torch.Tensor | None = None
 
@@ -201,13 +203,14 @@ class Start:
         # of an inpainting UNet that begins with noise diffusers draws none
         latents = encoded(given, sample_mode="argmax" if is_told(pipe) and begin is None else "sample")
         noise = randn_tensor(latents.shape, generator=generator, device=device, dtype=dtype)
-        noised = noise
+        noised, origin = noise, None
         if begin is not None:
+            origin = latents, noise
             noised = scheduler.add_noise(
                 latents, noise, scheduler.timesteps[begin : begin + 1].to(device).repeat(pictures)
             )
         if mask is None:
-            return cls(noised)
+            return cls(noised, origin)
         cell = pipe.vae_scale_factor
         painted = mask[..., ::cell, ::cell]
         painted = painted if len(painted) == 1 else _each(painted, pictures)
@@ -220,7 +223,7 @@ class Start:
             narrow = pipe.vae.dtype == torch.float16 and getattr(pipe.vae.config, "force_upcast", False)
             some = generator[: len(left)] if isinstance(generator, list) else generator
             randn_tensor(drawn, generator=some, device=device, dtype=torch.float32 if narrow else pipe.vae.dtype)
-        return cls(noised, known, told)
+        return cls(noised, origin, known, told)
 
 
 def _each(tensor, pictures):

@@ -159,10 +159,13 @@ def evaluations(
         sizes = [(leg.plan.height, leg.plan.width) for leg in runs]
         runs = runs[: sizes.index(until.size) + 1]
     *before, last = runs
+
+    def count(leg, first=None, **settings):
+        here = bridge if leg.begin is None else bridging.going_on(bridging.bridge(bridge))
+        return bridging.evaluations(here, leg.plan, leg.steps, first, **settings)
+
     first = None if until is None else until.step
-    smaller = sum(bridging.evaluations(bridge, leg.plan, leg.steps) for leg in before)
-    here = bridging.going_on(bridging.bridge(bridge)) if before else bridge
-    return smaller + bridging.evaluations(here, last.plan, last.steps, first, **settings)
+    return sum(map(count, before)) + count(last, first, **settings)
 
 
 def begun(
@@ -198,6 +201,7 @@ def begun(
             plan=leg.plan,
             scheduler=leg.scheduler,
             begin=leg.begin,
+            origin=None if leg.begin is None else (clean, noise),
             weight=leg.plan.weight("linear").to(x.device) if leg.plan.overlap else None,
             guidance_scale=_fitted(guidance_scale, leg.plan),
             callback=_told(callback, sum(run.steps for run in runs[:number]), ended),

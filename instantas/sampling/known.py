@@ -55,10 +55,6 @@ class Known:
         """(H, W) bool on the CPU, the cells that are painted in some picture."""
         return self.painted.flatten(0, 1).any(0).cpu()
 
-    def prediction(self, level: Level | None) -> torch.Tensor:
-        """`prediction_of` the latents and their noise."""
-        return prediction_of(self.latents, self.noise, level)
-
 
 def prediction_of(clean: torch.Tensor, noise: torch.Tensor, level: Level | None) -> torch.Tensor:
     """(1, B, C, H, W): what a network would predict that knew both, in the form that is carried on."""

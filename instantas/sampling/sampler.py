@@ -29,6 +29,7 @@ from instantas.sampling.settings import (
     beside,
     check_graph,
     check_interval,
+    check_origin,
     check_run,
     check_settings,
     check_step,
@@ -55,6 +56,7 @@ def sample(
     timesteps: Sequence[int] | None = None,
     evaluations: int | None = None,
     begin: int | None = None,
+    origin: tuple[torch.Tensor, torch.Tensor] | None = None,
     known: Known | None = None,
     guidance_scale: float | torch.Tensor | Callable = 1.0,
     guidance_rescale: float | Callable = 0.0,
@@ -94,6 +96,9 @@ def sample(
         evaluations: after how many of the scheduler's timesteps the run ends; None: all.
         begin: number of the timestep at which a run begins that goes on from a picture (img2img, SDEdit); None: it
             begins with noise, at the first. Bridges and callbacks count the steps that are taken.
+        origin: with `begin`, the clean sample and the noise that `latents` were made of, both (B, C, H, W). What a
+            network would predict that knew them is there for cells that no window of the first step covers, so that
+            windows can move at it too (`bridging.going_on`). None: it is not known, the first step's windows rest.
         known: the cells that are not painted, but are what they are in known latents; None: all are painted.
         guidance_scale: g of u + g (c - u), a float or a (H, W) tensor; of no effect without uncond. Or a function of
             the `StepContext` of all windows that gives it, or None for no guidance, asked before each step.
@@ -143,18 +148,20 @@ def sample(
     interval = check_interval(guidance_interval)
     set_timesteps(scheduler, num_inference_steps, timesteps, latents.device)
     checked_evaluations(evaluations, len(scheduler.timesteps))
-    for name, value in dict(begin=begin, known=known).items():
+    for name, value in dict(begin=begin, origin=origin, known=known).items():
         if start is not None and value is not None:
             got = type(value).__name__
             raise ValueError(f"{name}: expected None with a start, which says itself where it goes on, got {got}")
     *before, last = coarse.legs(start, plan, scheduler, evaluations)
     if before:
         begin, evaluations = last.begin, last.steps
+    check_origin(origin, latents, begin)
     from_picture, begin = begin is not None, checked_begin(begin or 0, len(scheduler.timesteps))
     timesteps = scheduler.timesteps[begin:]
     timesteps = timesteps[: checked_evaluations(evaluations, len(timesteps))]
-    bridge_here = going_on(bridging) if before else bridging
-    stages = stages_of(bridge_here, plan, len(timesteps), weight, latents.device, predicted=bool(before))
+    predicted = bool(before) or origin is not None
+    chosen = going_on(bridging) if predicted else bridging
+    stages = stages_of(chosen, plan, len(timesteps), weight, latents.device, predicted)
     if known is not None:
         stages = beside(known, stages, latents)
         restored = Restorer(known, noise_after(scheduler, begin, len(stages)), [stage for stage, _ in stages])
@@ -188,6 +195,7 @@ def sample(
                 generator=len(generator) if isinstance(generator, list) else generator is None,
                 bridging=bridging,
                 start=before,
+                origin=origin,
                 known=None if known is None else (known.latents, known.noise, known.painted, known.told),
             )
             | named
@@ -212,10 +220,12 @@ def sample(
         overwritten=cuda_graph,
         ranks=group,
     )
-    latest = known.prediction(noise_levels[0]).to(latents.dtype) if known is not None and reuse else None
+    if known is not None:
+        origin = origin or (known.latents, known.noise)
+    latest = prediction_of(*origin, noise_levels[0]).to(latents.dtype) if origin and reuse else None
     begin_with = State(latents if before else latents * deviation, update.history(latents), latest)
     state, done, leg = recorder.resume(begin_with)
-    del begin_with, latest  # here and below: no name but the state's holds a canvas on
+    del begin_with, latest, origin  # here and below: no name but the state's holds a canvas on
     if leg < len(before):
         settings: dict[str, Any] = dict(guidance_rescale=guidance_rescale, guidance_interval=interval, eta=eta)
         settings |= dict(generator=generator, window_batch_size=window_batch_size, bridging=bridging)

@@ -200,6 +200,20 @@ def checked_begin(begin: Any, timesteps: int) -> int:
     return begin
 
 
+def check_origin(origin: Any, latents: torch.Tensor, begin: int | None) -> None:
+    """Whether an origin is a clean sample and its noise, of a run that goes on from them."""
+    if origin is None:
+        return
+    if not isinstance(origin, (tuple, list)) or not all(isinstance(each, torch.Tensor) for each in origin):
+        raise TypeError(f"origin: expected (clean, noise), two tensors, got {type(origin).__name__}")
+    wanted = [(tuple(latents.shape), latents.device)] * 2
+    found = [(tuple(each.shape), each.device) for each in origin]
+    if found != wanted:
+        raise ValueError(f"origin: expected two of {wanted[0][0]} on {wanted[0][1]}, got {found}")
+    if begin is None:
+        raise ValueError("origin: expected None without begin, as the run begins with noise, got one")
+
+
 def checked_evaluations(number: Any, timesteps: int) -> int:
     """How many timesteps a run takes of those that are left; None: all."""
     if number is not None and positive("evaluations", number) > timesteps:

@@ -13,7 +13,9 @@ from diffusers import (
 from PIL import Image
 
 from instantas import InstantASPipeline, Region
+from instantas.pipelines import pipeline
 from instantas.pipelines.starts import first_timestep, stages
+from instantas.sampling.sampler import sample
 from instantas.testing.tiny import scheduler, tiny_controlnet, tiny_pipeline, tiny_xl_pipeline
 from tests.pipelines.starting import close, latents_of, photo, seeded
 
@@ -77,6 +79,18 @@ def test_a_large_picture_goes_through_windows(bridging):
     settings = dict(image=photo(width, height), strength=0.3, bridging=bridging, callback_on_step_end=look)
     image = ours("grass", num_inference_steps=steps, generator=seeded(), **settings).images[0]
     assert image.size == (width, height) and seen == [(i, 3) for i in range(3)]
+
+
+def test_windows_move_from_the_first_step_beside_a_picture(monkeypatch):
+    """The picture and the noise on it are known: no border is left where windows would have rested."""
+    ours, begun = InstantASPipeline.from_pipe(tiny_pipeline()), []
+    monkeypatch.setattr(pipeline, "sample", lambda *args, **how: begun.append((args, how)) or sample(*args, **how))
+    latents_of(ours, image=photo(300, 200), strength=0.5)
+    ((_, x, _, chosen), how) = begun[0]
+    clean, noise = how["origin"]
+    assert torch.equal(chosen.add_noise(clean, noise, chosen.timesteps[how["begin"]][None]), x)
+    latents_of(ours, height=200, width=300)
+    assert begun[1][1]["origin"] is None
 
 
 def test_the_pictures_size_is_the_default_and_another_resizes_it():

@@ -83,3 +83,50 @@ def test_a_run_may_end_early_too():
 def test_what_is_no_timestep_is_refused(begin, error):
     with pytest.raises(error, match="begin: expected"):
         sample(lambda w, t, c: w, draw(0), PLAN, of("DDIM"), num_inference_steps=10, begin=begin)
+
+
+def test_windows_move_at_the_first_step_of_a_run_whose_origin_is_known():
+    """What none of them covers goes on from its own noise, as if the network had predicted it."""
+    plan, clean, noise = WindowPlan.minimum_coverage(16, 16, 8), draw(0, 16, 16), draw(1, 16, 16)
+    chosen, x = noised("DDIM", 4, clean)
+    after, seen = {}, []
+
+    def denoiser(windows, t, context):
+        seen.append(context.origins.tolist() if context.step == 0 else None)
+        return network(windows, t)
+
+    def keep(name):
+        def callback(step, t, latents):
+            after.setdefault(name, latents)
+
+        return callback
+
+    for name, origin in (("known", (clean, noise)), ("unknown", None)):
+        sample(
+            denoiser, x, plan, of("DDIM"), num_inference_steps=10, begin=4, bridging="shift", origin=origin,
+            callback=keep(name),
+        )  # fmt: skip
+    moved, rested = filter(None, seen)
+    assert len(moved) == len(rested) == 4 and {(8, 0), (0, 8), (8, 8)} < set(map(tuple, rested))
+    assert not {(8, 0), (0, 8), (8, 8)} & set(map(tuple, moved))
+    covered = torch.zeros(16, 16, dtype=torch.bool)
+    for row, column in moved:
+        covered[row : row + 8, column : column + 8] = True
+    wanted = chosen.add_noise(clean, noise, chosen.timesteps[5:6])
+    torch.testing.assert_close(after["known"][..., ~covered], wanted[..., ~covered], atol=2e-4, rtol=0)
+    assert (after["unknown"] - wanted)[..., ~covered].abs().max() > 0.1
+
+
+@pytest.mark.parametrize(
+    "given, error, message",
+    [
+        (dict(origin=3, begin=4), TypeError, r"origin: expected \(clean, noise\), two tensors, got int"),
+        (dict(origin=(torch.zeros(1, 4, 8, 8),), begin=4), ValueError, r"origin: expected two of \(1, 4, 8, 8\)"),
+        (dict(origin=(torch.zeros(1, 4, 8, 8), torch.zeros(1, 4, 4, 8)), begin=4), ValueError, "origin: expected two"),
+        (dict(origin=(torch.zeros(1, 4, 8, 8),) * 2), ValueError, "origin: expected None without begin"),
+        (dict(origin=(torch.zeros(1, 4, 8, 8),) * 2, start="coarse"), ValueError, "origin: expected None with a start"),
+    ],
+)
+def test_an_origin_is_checked(given, error, message):
+    with pytest.raises(error, match=message):
+        sample(lambda windows, t, context: 1 / 0, draw(0), PLAN, of("DDIM"), num_inference_steps=10, **given)
