@@ -136,7 +136,10 @@ def test_a_gaussian_field_keeps_its_spectrum(kind, monkeypatch):
             return bridging.Stage(WindowPlan.minimum_coverage(plan.height, plan.width, (plan.height, plan.width)))
 
     added = iter([even(1), even(2)])
-    monkeypatch.setattr(coarse, "normal", lambda like, generator: (lambda e: torch.cat([e, -e]))(next(added)))
+    for drawn in ("coarse.normal", "spectrum.normal"):
+        monkeypatch.setattr(
+            f"instantas.sampling.{drawn}", lambda like, generator: (lambda e: torch.cat([e, -e]))(next(added))
+        )
     settings = dict(num_inference_steps=60, start=CoarseStart(steps=1.0), bridging=Whole(), window_batch_size=128)
     latents, plan = even(0).repeat(2, 1, 1, 1), WindowPlan.minimum_coverage(12, 12, 6)
     found = spectrum(sample(exact, latents, plan, chosen, **settings)).square().mean((0, 1)) / power(12, 12)

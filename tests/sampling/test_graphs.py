@@ -19,7 +19,7 @@ from instantas.pipelines.control import Control
 from instantas.pipelines.denoiser import WindowDenoiser
 from instantas.pipelines.pipeline import InstantASPipeline
 from instantas.regions import Region, RegionMap
-from instantas.sampling import bridging, coarse, sampler
+from instantas.sampling import bridging, coarse, sampler, spectrum
 from instantas.sampling.sampler import sample
 from instantas.testing import recorded, tiny
 from instantas.windows import WindowPlan
@@ -138,9 +138,10 @@ def test_steps_in_and_outside_of_a_guidance_interval_have_graphs_of_their_own(re
 def test_graphs_of_a_coarse_start(recording, monkeypatch):
     """Each canvas has its own."""
     seeded = torch.Generator()
-    monkeypatch.setattr(
-        coarse, "normal", lambda like, _: torch.randn(like.shape, generator=seeded.manual_seed(like.shape[-1]))
-    )
+    for module in (coarse, spectrum):
+        monkeypatch.setattr(
+            module, "normal", lambda like, _: torch.randn(like.shape, generator=seeded.manual_seed(like.shape[-1]))
+        )
     plain, replayed, _ = both(denoise, recording, WindowPlan.minimum_coverage(32, 32, 16), steps=12, start="coarse")
     torch.testing.assert_close(replayed, plain, rtol=1e-5, atol=1e-5)
     assert len(recording) == 2
