@@ -2,7 +2,7 @@
 
     python -m bench.codec                                   # the decoder of Stable Diffusion, three seeds, 64x300 cells
     python -m bench.codec --channels 16 32 64 64 --encode   # a small one, both ways
-    python -m bench.codec --channels 8 16 16 16 --cells 256x256 --seeds 0 --methods ours
+    python -m bench.codec --channels 8 16 16 16 --cells 1024x1024 --no-attention --seeds 0 --methods ours
 
 The autoencoder has random weights; the latents' halves are unlike: one bright and flat, one dark and busy. Prints mean
 and worst error against all at once in parts of the range, the contrast (deviation) of 30 strips against what it is at
@@ -33,7 +33,7 @@ HALO, RAMP = 8, 16  # cells of blended tiles that do not count, and over which o
 STRIPS = 30
 
 
-def autoencoder(channels: Sequence[int], seed: int) -> AutoencoderKL:
+def autoencoder(channels: Sequence[int], seed: int, attention: bool = True) -> AutoencoderKL:
     """Of Stable Diffusion's shape, with random weights and as many channels to a group."""
     torch.manual_seed(seed)
     return AutoencoderKL(
@@ -43,6 +43,7 @@ def autoencoder(channels: Sequence[int], seed: int) -> AutoencoderKL:
         layers_per_block=2,
         norm_num_groups=channels[0] // 4,
         sample_size=512,
+        mid_block_add_attention=attention,
     ).eval()
 
 
@@ -81,11 +82,11 @@ def _ramps(plan: WindowPlan, scale: float) -> np.ndarray:
 
 @torch.inference_mode()
 def measured(
-    method: str, channels: Sequence[int], given: torch.Tensor, seed: int, encode: bool
+    method: str, channels: Sequence[int], given: torch.Tensor, seed: int, encode: bool, attention: bool
 ) -> tuple[torch.Tensor, float, float]:
     """(result, seconds of the processor, MiB at the peak beside the model)."""
     torch.set_num_threads(1)
-    vae = autoencoder(channels, seed)
+    vae = autoencoder(channels, seed, attention)
     if method == "diffusers":
         vae.enable_tiling()
     Path("/proc/self/clear_refs").write_text("5")  # the peak is that from here on
@@ -128,6 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--encode", action="store_true", help="the encoder too, on the picture of the decoder at once")
+    parser.add_argument("--no-attention", action="store_true", help="in the middle: it compares all cells with all")
     given = parser.parse_args(arguments)
     height, width = map(int, given.cells.split("x"))
     os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**20)  # what is freed is the system's again, and the peak the true one
@@ -144,7 +146,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     concurrent.futures.ProcessPoolExecutor(1, context) as process,
                 ):
                     path = str(Path(folder, "result.pt"))
-                    job = process.submit(saved, path, method, given.channels, source, seed, encode)
+                    job = process.submit(
+                        saved, path, method, given.channels, source, seed, encode, not given.no_attention
+                    )
                     seconds, memory = job.result()
                     made[method] = torch.load(path)
                 told = errors(made[method], made["whole"]) if "whole" in made else ""

@@ -39,23 +39,27 @@ class Memory:
 
     Attributes:
         canvas: the latents and what is predicted in every window.
+        middle: what the autoencoder has at the latent's resolution, before it goes on in tiles; on its device.
         decoded: the decoder's output, on its device.
         picture: what becomes of it on the host, float32 twice: as it comes and as it is scaled.
     """
 
     canvas: int
+    middle: int
     decoded: int
     picture: int
 
     @classmethod
     def of(cls, pipe: Any, height: int, width: int, wrap: Sequence[bool], method: str, banded: bool = False) -> Memory:
         """For a picture of so many pixels by an `InstantASPipeline`; `banded`: of which one band is held at a time."""
+        from instantas.pipelines.codec import middle_bytes
+
         canvas, stride = pipe.canvas(height, width), [max(1, side // 8) for side in pipe.window]
         count = window_count(canvas, pipe.window, wrap, stride if method == "multidiffusion" else None)
         cells = math.prod(canvas) + count * math.prod(map(min, canvas, pipe.window))
         pixels = 3 * width * (min(height, BAND * pipe.cell) if banded else height)
         latents = cells * pipe.unet.config.in_channels * pipe.unet.dtype.itemsize
-        return cls(latents, pixels * pipe.vae.dtype.itemsize, 2 * pixels * FLOAT)
+        return cls(latents, middle_bytes(pipe.vae, *canvas), pixels * pipe.vae.dtype.itemsize, 2 * pixels * FLOAT)
 
     def check(self, device: torch.device, size: str) -> None:
         """Refuse what the machine cannot hold, or a limit on this process (`limits`) does not let it.
@@ -63,10 +67,11 @@ class Memory:
         Raises:
             ValueError: naming what is needed and what is there.
         """
-        host = self.picture if device.type != "cpu" else self.picture + self.canvas
+        host = self.picture if device.type != "cpu" else max(self.canvas + self.picture, self.middle)
         needs = [(host, there, place) for there, place in memory_limits()]
         if device.type == "cuda":
-            needs.append((self.canvas + self.decoded, torch.cuda.mem_get_info(device)[0], str(device)))
+            need = max(self.canvas + self.decoded, self.middle)
+            needs.append((need, torch.cuda.mem_get_info(device)[0], str(device)))
         for need, there, place in needs:
             if need > there:
                 raise ValueError(
@@ -75,7 +80,8 @@ class Memory:
                 )
 
     def __str__(self) -> str:
-        return f"at least {in_bytes(self.canvas)} for the canvas and {in_bytes(self.picture)} for the picture"
+        middle = f", {in_bytes(self.middle)} for the autoencoder's middle" if self.middle else ""
+        return f"at least {in_bytes(self.canvas)} for the canvas{middle} and {in_bytes(self.picture)} for the picture"
 
 
 def in_bytes(count: int) -> str:

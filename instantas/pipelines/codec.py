@@ -27,6 +27,7 @@ from instantas.sampling.settings import check_generators
 
 TILE = 128  # cells: 1024 px, what SDXL's decoder is made for
 SAMPLE_MODES = "sample", "argmax"
+HELD = 7, 4  # activations that a middle block holds at once, at the least: with attention (queries, keys, ...), without
 
 Layer = Callable[[torch.Tensor], torch.Tensor]
 
@@ -146,6 +147,25 @@ def encode(
             return _scaled(vae, torch.cat(found))
         distribution = DiagonalGaussianDistribution(torch.cat([each.parameters for each in found]))
         return _scaled(vae, distribution.mode() if sample_mode == "argmax" else distribution.sample(generator))
+
+
+def middle_bytes(vae: Any, height: int, width: int) -> int:
+    """What decoding (H, W) cells holds at once at the latent's resolution, of one picture, in tiles as without.
+
+    At the least; 0 for decoders without such layers (AutoencoderTiny) and for those whose layers are not known.
+    """
+    parts = _decoding(vae, None)
+    if not parts or not parts.before:
+        return 0
+    decoder = module_of(vae.decoder)
+    held = HELD[all(attention is None for attention in decoder.mid_block.attentions)]
+    dtype = torch.float32 if overflows(vae) else vae.dtype
+    return held * decoder.conv_in.out_channels * height * width * dtype.itemsize
+
+
+def overflows(vae: Any) -> bool:
+    """Whether it is in float16 and says that this is too small for it."""
+    return vae.dtype == torch.float16 and getattr(vae.config, "force_upcast", False)
 
 
 class Parts(NamedTuple):
@@ -297,10 +317,10 @@ _widening = threading.RLock()
 
 @contextlib.contextmanager
 def _precise(vae):
-    """The autoencoder in float32 while anybody uses it, if float16 is too small for it."""
+    """The autoencoder in float32 while anybody uses it, if it overflows."""
     with _widening:
         users = _widened.get(vae, 0)
-        narrow = vae.dtype == torch.float16 and getattr(vae.config, "force_upcast", False)
+        narrow = overflows(vae)
         if narrow:
             vae.to(dtype=torch.float32)
         if narrow or users:

@@ -220,9 +220,9 @@ class Start:
             told = torch.cat([_each(painted, pictures).to(dtype), encoded(left)], dim=1)
         elif not isinstance(pipe.vae, AutoencoderTiny):  # diffusers encodes it for every UNet: draw as much
             drawn = torch.Size((len(left), *latents.shape[1:]))
-            narrow = pipe.vae.dtype == torch.float16 and getattr(pipe.vae.config, "force_upcast", False)
             some = generator[: len(left)] if isinstance(generator, list) else generator
-            randn_tensor(drawn, generator=some, device=device, dtype=torch.float32 if narrow else pipe.vae.dtype)
+            wide = torch.float32 if codec.overflows(pipe.vae) else pipe.vae.dtype
+            randn_tensor(drawn, generator=some, device=device, dtype=wide)
         return cls(noised, origin, known, told)
 
 

@@ -1,12 +1,15 @@
 """What a size costs is known beforehand."""
 
+import contextlib
 import os
 
 import pytest
+import torch
 
 from instantas import demo
 from instantas.cli import cost, main
 from instantas.pipelines.pipeline import InstantASPipeline
+from instantas.testing.tiny import tiny_pipeline
 from instantas.windows import WindowPlan
 
 
@@ -58,6 +61,21 @@ def test_what_this_machine_does_not_hold_is_refused(refused, monkeypatch):
         assert os.listdir() == []
     monkeypatch.setattr(cost, "memory_limits", list)  # a system that does not say
     generate("--size", "64x64")
+
+
+def test_the_middle_of_an_autoencoder_counts(monkeypatch):
+    pipe = InstantASPipeline.from_pipe(tiny_pipeline())
+    memory = cost.Memory.of(pipe, 128, 256, (False, False), "instantas")
+    assert memory.middle == 7 * 8 * 16 * 32 * 4  # activations of 8 channels in float32
+    assert (
+        str(memory)
+        == "at least 16 KiB for the canvas, 112 KiB for the autoencoder's middle and 768 KiB for the picture"
+    )
+    cpu, large = torch.device("cpu"), cost.Memory(canvas=2, middle=9, decoded=1, picture=3)
+    for there in (9, 8):
+        monkeypatch.setattr(cost, "memory_limits", lambda there=there: [(there, "the machine")])
+        with pytest.raises(ValueError, match="needs at least 9 B$") if there < 9 else contextlib.nullcontext():
+            large.check(cpu, "8x8")
 
 
 def test_predictions_of_overlapping_windows_count():
