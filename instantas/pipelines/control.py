@@ -73,7 +73,9 @@ def control(
     """
     net = getattr(pipe, "controlnet", None)
     if (net is None) != (image is None):
-        wanted = "None, as the pipeline has no ControlNet" if net is None else "one for the pipeline's ControlNet"
+        wanted = "one for the pipeline's ControlNet"
+        if net is None:
+            wanted = "strength or mask_image beside it, or None, as the pipeline has no ControlNet"
         raise ValueError(f"image: expected {wanted}, got {type(image).__name__}")
     if net is None:
         return None

@@ -69,13 +69,14 @@ def read_masks(
         grey: Any = opaque(mask, "mask_image", "black").convert("L") if isinstance(mask, Image.Image) else _grey(mask)
         shape = (grey.height, grey.width) if isinstance(grey, Image.Image) else tuple(grey.shape[-2:])
         if not any(_alike(shape, of) for of in (own, size)):
-            raise ValueError(
-                f"mask_image: expected the proportions of the picture, {own[1]}x{own[0]}, got {shape[1]}x{shape[0]}"
+            got = f"{shape[1]}x{shape[0]}" + (
+                "" if isinstance(mask, Image.Image) else f" in an array {tuple(mask.shape)}"
             )
+            raise ValueError(f"mask_image: expected the proportions of the picture, {own[1]}x{own[0]}, got {got}")
         found.append(processor.preprocess(grey, *size))
+    if (count := sum(map(len, found))) not in (1, prompts):
+        raise ValueError(f"mask_image: expected one mask, or one for each of {prompts} prompts, got {count}")
     masks = torch.cat(found).to(pipe._execution_device)
-    if len(masks) not in (1, prompts):
-        raise ValueError(f"mask_image: expected one mask, or one for each of {prompts} prompts, got {len(masks)}")
     return F.pad(masks, (0, canvas[1] - size[1], 0, canvas[0] - size[0]), mode="replicate") >= 0.5
 
 

@@ -41,8 +41,10 @@ def roles(
         raise ValueError(f"image: expected a picture in place of latents, as there is a {given}, got {got}")
     if not callable(getattr(pipe.scheduler, "add_noise", None)):
         raise ValueError(f"scheduler: expected one with add_noise beside image, got {type(pipe.scheduler).__name__}")
-    if control_image is None and getattr(pipe, "controlnet", None) is not None:
-        raise ValueError("control_image: expected a picture for the pipeline's ControlNet, got None")
+    net = getattr(pipe, "controlnet", None)
+    if (net is None) != (control_image is None):
+        wanted = "None, as the pipeline has no ControlNet" if net is None else "a picture for the pipeline's ControlNet"
+        raise ValueError(f"control_image: expected {wanted}, got {type(control_image).__name__}")
     return upright(image), upright(mask_image), upright(control_image), real("strength", strength, 0, 1)
 
 
@@ -76,12 +78,15 @@ def stages(size: tuple[int, int], scale: float) -> list[tuple[int, int]]:
     one before.
 
     Raises:
-        TypeError, ValueError: for a scale that is not above 1.
+        TypeError, ValueError: for a scale that is not above 1, and for one too small to add a pixel.
     """
     if real("scale", scale, 1) == 1:
         raise ValueError(f"scale: expected more than 1, got {scale}")
     count = math.ceil(math.log2(scale) - 1e-9)
-    return [(round(size[0] * scale ** (i / count)), round(size[1] * scale ** (i / count))) for i in range(1, count + 1)]
+    factors = [scale ** (i / count) for i in range(1, count + 1)]
+    if (found := [(round(size[0] * factor), round(size[1] * factor)) for factor in factors])[-1] == tuple(size):
+        raise ValueError(f"scale: expected one that makes {size[1]}x{size[0]} pixels more, got {scale}")
+    return found
 
 
 @dataclass(frozen=True, eq=False)

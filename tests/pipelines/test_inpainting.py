@@ -360,7 +360,16 @@ def test_one_pixel():
         ),
         (dict(mask_image=np.full((128, 128), np.nan)), ValueError, "mask_image: expected finite values"),
         (dict(mask_image=np.full((128, 128), 255.0)), ValueError, "mask_image: expected values from 0 to 1"),
-        (dict(mask_image=np.zeros((128, 128, 3))), ValueError, "mask_image: expected the proportions"),
+        (
+            dict(mask_image=np.zeros((128, 128, 3))),
+            ValueError,
+            r"mask_image: expected the proportions of the picture, 128x128, got 3x128 in an array \(128, 128, 3\)",
+        ),
+        (
+            dict(mask_image=[]),
+            ValueError,
+            "mask_image: expected one mask, or one for each of 1 prompts, got 0",
+        ),
         (dict(mask_image=torch.zeros(1, 3, 128, 128)), ValueError, r"mask_image: expected \(height, width\)"),
         (
             dict(mask_image=np.zeros((128, 128), np.int32)),

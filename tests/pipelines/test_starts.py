@@ -149,10 +149,14 @@ def test_a_picture_that_fits_is_changed_less_by_less_strength():
         (
             dict(strength=0.5, control_image=photo()),
             ValueError,
-            "image: expected None, as the pipeline has no ControlNet",
+            "^control_image: expected None, as the pipeline has no ControlNet",
         ),
         (dict(control_image=photo(), image=None), ValueError, "control_image: expected None without strength"),
-        (dict(image=photo()), ValueError, "image: expected None, as the pipeline has no ControlNet"),
+        (
+            dict(image=photo()),
+            ValueError,
+            "^image: expected strength or mask_image beside it, or None, as the pipeline has no ControlNet",
+        ),
     ],
 )
 def test_bad_input_is_named(settings, error, message):
@@ -207,6 +211,7 @@ def test_upscaling_tells_a_controlnet_the_picture():
     [
         ((photo(), 1), {}, "scale: expected more than 1"),
         ((photo(), 0.5), {}, "scale: expected"),
+        ((photo(), 1.001), {}, "scale: expected one that makes 128x128 pixels more, got 1.001"),
         ((None, 2), {}, "image: expected a picture"),
         ((photo(), 2), dict(height=64), "height: expected none beside scale"),
         (
