@@ -69,9 +69,8 @@ def read_masks(
         grey: Any = opaque(mask, "mask_image", "black").convert("L") if isinstance(mask, Image.Image) else _grey(mask)
         shape = (grey.height, grey.width) if isinstance(grey, Image.Image) else tuple(grey.shape[-2:])
         if not any(_alike(shape, of) for of in (own, size)):
-            got = f"{shape[1]}x{shape[0]}" + (
-                "" if isinstance(mask, Image.Image) else f" in an array {tuple(mask.shape)}"
-            )
+            got = f"{shape[1]}x{shape[0]}"
+            got += "" if isinstance(mask, Image.Image) else f" in an array {tuple(mask.shape)}"
             raise ValueError(f"mask_image: expected the proportions of the picture, {own[1]}x{own[0]}, got {got}")
         found.append(processor.preprocess(grey, *size))
     if (count := sum(map(len, found))) not in (1, prompts):

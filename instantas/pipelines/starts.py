@@ -82,7 +82,7 @@ def stages(size: tuple[int, int], scale: float) -> list[tuple[int, int]]:
     """
     if real("scale", scale, 1) == 1:
         raise ValueError(f"scale: expected more than 1, got {scale}")
-    count = math.ceil(math.log2(scale) - 1e-9)
+    count = max(1, math.ceil(math.log2(scale) - 1e-9))
     factors = [scale ** (i / count) for i in range(1, count + 1)]
     if (found := [(round(size[0] * factor), round(size[1] * factor)) for factor in factors])[-1] == tuple(size):
         raise ValueError(f"scale: expected one that makes {size[1]}x{size[0]} pixels more, got {scale}")

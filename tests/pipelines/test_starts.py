@@ -212,6 +212,7 @@ def test_upscaling_tells_a_controlnet_the_picture():
         ((photo(), 1), {}, "scale: expected more than 1"),
         ((photo(), 0.5), {}, "scale: expected"),
         ((photo(), 1.001), {}, "scale: expected one that makes 128x128 pixels more, got 1.001"),
+        ((photo(), 1 + 1e-12), {}, "scale: expected one that makes 128x128 pixels more"),
         ((None, 2), {}, "image: expected a picture"),
         ((photo(), 2), dict(height=64), "height: expected none beside scale"),
         (
