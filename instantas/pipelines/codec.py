@@ -75,7 +75,7 @@ def decode(
         for picture, source in zip(latents.split(1), generators):
             plain = functools.partial(_decoded, vae, generator=source)
             pictures.append(_evaluated(vae, picture, plain, _decoding(vae, plain), wrap, tiles, _in_tiles(group)))
-        return torch.cat(pictures)
+        return torch.cat(pictures) if len(pictures) > 1 else pictures[0]  # which may be large: no copy
 
 
 def bands(

@@ -174,6 +174,15 @@ def test_what_the_middle_block_holds_is_known_beforehand(attention):
     assert known <= alive.most < known + 2 * activation
 
 
+@torch.no_grad()
+def test_a_picture_in_tiles_is_held_once():
+    vae, given = autoencoder(tiny=True), latents(96, 96)
+    with Alive() as alive:
+        picture = decode(vae, given, tiles=4)
+    size = picture.untyped_storage().nbytes()
+    assert size == 3 * 768 * 768 * 4 and size < alive.most < 1.7 * size
+
+
 def test_float16_that_overflows_counts_as_float32():
     half = of_layers(force_upcast=False).half()
     assert codec.middle_bytes(of_layers().half(), 5, 6) == codec.middle_bytes(of_layers(), 5, 6) == 7 * 16 * 30 * 4
