@@ -157,7 +157,7 @@ def middle_bytes(vae: Any, height: int, width: int) -> int:
     parts = _decoding(vae, None)
     if not parts or not parts.before:
         return 0
-    decoder = module_of(vae.decoder)
+    decoder: Any = module_of(vae.decoder)
     held = HELD[all(attention is None for attention in decoder.mid_block.attentions)]
     dtype = torch.float32 if overflows(vae) else vae.dtype
     return held * decoder.conv_in.out_channels * height * width * dtype.itemsize
