@@ -155,9 +155,8 @@ def regional_attention_backward(
 
 
 def _bank_rows(prompt_ids, key):
-    """The ids as indices of the bank, any valid one in place of those outside it; None when all are outside."""
-    present = (prompt_ids >= 0) & (prompt_ids < key.shape[0])
-    return torch.where(present, prompt_ids, prompt_ids[present][0]).long() if present.any() else None
+    """The ids as indices of the bank, the nearest in place of those outside it; None of a bank without prompts."""
+    return prompt_ids.clamp(0, len(key) - 1).long() if len(key) else None
 
 
 def _within(key, value, lengths):

@@ -17,11 +17,13 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def tracing(tensor: torch.Tensor) -> bool:
-    """Whether values cannot be read now: under torch.compile, for fake or meta tensors, in a CUDA graph capture."""
+    """Whether values cannot be read now: under torch.compile, of fake or meta tensors and those that torch.func has
+    wrapped, in a CUDA graph capture."""
     return (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
         or tensor.is_meta
+        or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
         or type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
         or (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
     )
@@ -59,6 +61,8 @@ def check_tensor(
         dtypes, device = (like.dtype,), like.device
     if tensor.dtype not in dtypes:
         raise TypeError(f"{name}: expected {' or '.join(map(str, dtypes))}, got {tensor.dtype}")
+    if tensor.layout is not torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, got one of layout {tensor.layout}")
     if device is not None and tensor.device != device:
         raise ValueError(f"{name}: expected a tensor on {device}, got one on {tensor.device}")
 
@@ -103,7 +107,7 @@ def check_order(order: torch.Tensor | None, query: torch.Tensor) -> None:
         low, high = (int(v) for v in order.aminmax())
         if low < 0 or high >= shape[1]:
             raise ValueError(f"order: expected 0 to {shape[1] - 1}, got {low} to {high}")
-        if not torch.zeros(shape, dtype=torch.bool).scatter_(1, order.long(), True).all():
+        if not order.new_zeros(shape, dtype=torch.bool).scatter_(1, order.long(), True).all():
             raise ValueError("order: expected each query's number once, got some more often and some never")
         _sound_orders[order] = version
 
@@ -111,9 +115,11 @@ def check_order(order: torch.Tensor | None, query: torch.Tensor) -> None:
 def finite(name: str, value: Any) -> float:
     if isinstance(value, torch.Tensor):
         check_constant(name, value)
+    if isinstance(value, (str, bytes)):  # which float would read
+        raise TypeError(f"{name}: expected a number, got {value!r}")
     try:
         value = float(value)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"{name}: expected a number, got {value!r}") from error
     if not math.isfinite(value):
         raise ValueError(f"{name}: expected a finite number, got {value}")
@@ -166,6 +172,8 @@ def vector(name: str, values: Any, device: torch.device) -> torch.Tensor:
             raise ValueError(f"{name}: expected a vector, got shape {tuple(values.shape)}")
         if values.device != device:
             raise ValueError(f"{name}: expected a tensor on {device}, got one on {values.device}")
+        if values.is_complex():
+            raise TypeError(f"{name}: expected real numbers, got {values.dtype}")
         check_constant(name, values)
         return values.double()
     try:

@@ -225,6 +225,14 @@ def test_what_is_no_order_is_named(message):
         attend(NO_ORDER[message])
 
 
+def test_an_order_is_looked_at_whatever_the_default_device_is():
+    inputs = attention_inputs(1, 4, 1, 8, 2, 3, 2)
+    weights, order = region_weights(1, 2, 4), torch.tensor([[3, 1, 0, 2]])
+    with torch.device("meta"):
+        attended = ops.regional_attention(*inputs, weights, order=order)
+    assert attended.equal(ops.regional_attention(*inputs, weights))
+
+
 def test_an_order_that_was_changed_is_looked_at_again():
     order = torch.tensor([[3, 2, 1, 0]])
     attend(order)

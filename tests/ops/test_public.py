@@ -172,6 +172,10 @@ REFUSED = {
     "coefficients: expected at least 2": lambda: take_step(coefficients=[1]),
     "coefficients: expected a finite number, got nan": lambda: take_step(coefficients=[1, math.nan]),
     "coefficients: expected a number, got 'a'": lambda: take_step(coefficients=["a", 2]),
+    "coefficients: expected a number, got '1'": lambda: take_step(coefficients="12"),
+    "coefficients: expected real numbers, got torch.complex64": lambda: take_step(
+        coefficients=torch.ones(2, dtype=torch.complex64)
+    ),
     "coefficients: expected numbers or a tensor of them, got 3": lambda: take_step(coefficients=3),
     "coefficients: expected a vector": lambda: take_step(coefficients=torch.ones(2, 2)),
     "coefficients: expected a constant": lambda: take_step(coefficients=torch.ones(2, requires_grad=True)),
@@ -189,9 +193,13 @@ REFUSED = {
         history=CANVAS[None]
     ),
     "guidance_scale: expected a finite number, got inf": lambda: take_step(guidance=math.inf),
+    "guidance_scale: expected a number, got '7.5'": lambda: take_step(guidance="7.5"),
     "guidance_scale: expected a number, got None": lambda: take_step(guidance=None),
     "guidance_scale: expected a float or (height, width)": lambda: take_step(guidance=torch.ones(2, 2)),
     "guidance_scale: expected a constant": lambda: take_step(guidance=torch.ones(5, 7, requires_grad=True)),
+    "canvas: expected a dense tensor, got one of layout torch.sparse_coo": lambda: ops.gather_windows(
+        CANVAS.to_sparse(), PLAN
+    ),
     "query: expected (B, N, heads, D)": lambda: attend(query=QUERY[0]),
     "query: expected a head size D from 1 to 256, got 300": lambda: attend(query=torch.zeros(1, 4, 2, 300)),
     "key: expected (P, L, heads, D)": lambda: attend(key=BANK[..., :4]),
@@ -208,6 +216,7 @@ REFUSED = {
     "weights: expected a constant": lambda: attend(weights=WEIGHTS.clone().requires_grad_()),
     "mode: expected 'blend' or 'joint', got 'mean'": lambda: attend(mode="mean"),
     "scale: expected a finite number, got nan": lambda: attend(scale=math.nan),
+    "scale: expected a number, got '1'": lambda: attend(scale="1"),
 }
 
 

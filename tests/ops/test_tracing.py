@@ -295,6 +295,29 @@ def test_vmap():
     torch.testing.assert_close(torch.vmap(lambda x: attend(x, *bank, 0.5))(queries), expected)
 
 
+def test_vmap_of_what_is_looked_at():
+    """Ids, orders, lengths and guidance scales of a batch have no values to check."""
+    plan, (query, key, value) = WindowPlan.minimum_coverage(5, 7, (3, 4)), attention_tensors()
+    ids, weights = torch.tensor([[0, 1], [1, -1]]), WEIGHTS
+    functions = {
+        "prompt_ids": (lambda x: ops.regional_attention(query, key, value, x, weights), torch.stack([ids, ids.flip(0)])),
+        "order": (
+            lambda x: ops.regional_attention(query, key, value, ids, weights, order=x),
+            torch.stack([ops.region_order(ids, weights), torch.arange(3, dtype=torch.int32).expand(2, 3)]),
+        ),
+        "lengths": (
+            lambda x: ops.regional_attention(query, key, value, ids, weights, lengths=x),
+            torch.tensor([[1, 2], [2, 1]]),
+        ),
+        "guidance_scale": (lambda x: smooth(CANVAS, plan, x), torch.tensor([1.5, 4.0])),
+        "guidance map": (lambda x: smooth(CANVAS, plan, x), torch.rand(2, 5, 7)),
+        "coefficients": (lambda x: smooth(CANVAS, plan, 2.0, x), torch.tensor([[1.0, 2.0], [3.0, 0.5]])),
+    }
+    for name, (function, several) in functions.items():
+        each = torch.stack([function(one) for one in several])
+        torch.testing.assert_close(torch.vmap(function)(several), each, msg=lambda text, name=name: f"{name}: {text}")
+
+
 def transformable(plan):
     """(function, inputs) of every operation, with all that a gradient passes through."""
     windows, history = ops.gather_windows(CANVAS, plan).double(), torch.stack([CANVAS, CANVAS**2]).double()
