@@ -226,9 +226,9 @@ class Recorder:
             done=done,
             leg=self.leg,
             state=tensors,
-            scheduler={} if self.scheduler is None else _kept(self.scheduler, self.begun_with),
             generators=[get_state(generator, self.device) for generator in self.generators],
-            # which may be what the callback goes on to change, and fails on the way
+            # copies, as the next step may write over what these hold (PNDM's sums do), and fail on the way
+            scheduler={} if self.scheduler is None else _copied(_kept(self.scheduler, self.begun_with), True),
             callback=_copied(self.callback.state_dict(), True) if hasattr(self.callback, "state_dict") else None,
         )
         if last or (self.checkpoint.every and done % self.checkpoint.every == 0):

@@ -219,6 +219,26 @@ def test_a_callback_that_fails_halfway_has_kept_nothing_of_that_step(path, every
     assert same(run(path, callback=callback), whole) and callback.kept["steps"] == [[0, 1, 2, 3, 4]]
 
 
+@pytest.mark.parametrize("name", ["PNDM", "UniPCMultistep", "DPMSolverMultistep"])
+def test_a_step_whose_callback_fails_has_left_nothing_in_what_is_kept(path, name):
+    """The scheduler has taken it already, and may have written over what it looks back on, as PNDM does."""
+
+    def failing(at):
+        def callback(step, timestep, latents):
+            if step == at:
+                raise StoppedError
+
+        return callback
+
+    whole = run(name=name)
+    for at in (1, 3):
+        with pytest.raises(StoppedError):
+            run(path, name=name, every=None, callback=failing(at))
+        assert read(path)["done"] == at
+        assert same(run(path, name=name, callback=failing(None)), whole)
+        path.unlink()
+
+
 def test_a_callback_that_has_kept_something_is_needed_to_go_on(path):
     with pytest.raises(StoppedError):
         run(path, 3, callback=Adding())
