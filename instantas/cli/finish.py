@@ -58,34 +58,35 @@ def check_finish(pipe: Any, output: Path, text: dict[str, str], force: bool) -> 
 
 def finish(
     pipe: Any, latents: torch.Tensor, output: Path, text: dict[str, str], force: bool, ranks: Ranks | None = None
-) -> None:
-    """Decode the latents of one picture, together where processes share the run, and write it with its record."""
+) -> list[Path]:
+    """Decode the latents of one picture, together where processes share the run, and write it with its record.
+
+    Returns:
+        the files that are there then, the picture's the last.
+    """
     width, height = size_of(text)
     wrap = tuple(json.loads(text["settings"])["wrap"])
     leads = ranks is None or ranks.rank == 0
     if not in_bands(pipe, output, width, height):
         picture = pipe.decode(latents, height, width, wrap=wrap, group=ranks)[0]
         if leads:
-            write(picture, output, text, force)
-        return
+            write_picture(picture, output, text, force)
+        return [output]
     with contextlib.nullcontext() if ranks is None else Ranks(ranks.group, timeout=PATIENCE).together():
         if leads:
             write_bands(pipe.bands(latents, height, width, wrap=wrap), output, width, height, text, force)
-            click.echo(f"{preview_path(output)}: preview")
-            _say(output, text)
+    return [preview_path(output), output]
 
 
-def write(picture: Any, output: Path, text: dict[str, str], force: bool) -> None:
-    """Write a picture with its record, and say so."""
-    write_picture(picture, output, text, force)
-    _say(output, text)
+def say(written: list[Path], text: dict[str, str]) -> None:
+    """Tell of the files of `finish`; once the run needs no file any more, since nobody may listen (`... | head -1`)."""
+    *previews, output = written
+    for preview in previews:
+        click.echo(f"{preview}: preview")
+    click.echo(f"{output}: {text['size']}, seed {text['seed']}")
 
 
 def size_of(text: dict[str, str]) -> tuple[int, int]:
     """(width, height) in pixels of a record's picture."""
     width, height = map(int, text["size"].split("x"))
     return width, height
-
-
-def _say(output, text):
-    click.echo(f"{output}: {text['size']}, seed {text['seed']}")

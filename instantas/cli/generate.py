@@ -13,7 +13,7 @@ import torch
 from instantas.checks import real
 from instantas.cli.bands import in_bands
 from instantas.cli.cost import Memory
-from instantas.cli.finish import check_apart, check_finish, finish, write
+from instantas.cli.finish import check_apart, check_finish, finish, say
 from instantas.cli.inputs import ControlType, LoraType, files, read_regions, whole
 from instantas.cli.kept import Kept, checkpoint_option
 from instantas.cli.like import check_beside, check_unchanged, is_given, replace_taken, resume_option, take_settings
@@ -33,7 +33,7 @@ from instantas.cli.options import (
     window_batch_option,
     wrap_option,
 )
-from instantas.cli.pictures import check_output, check_size, read_picture
+from instantas.cli.pictures import check_output, check_size, read_picture, write_picture
 from instantas.cli.processes import processes
 from instantas.cli.record import record
 from instantas.plots import check_figure
@@ -262,13 +262,15 @@ def _paint(
     pipe = load(model, scheduler, dtype, device, loras, controls)
     level = pipe.defaults.get("coarse_sigma") if coarse_sigma is None else coarse_sigma
     chosen = coarse.start_of(start, level)
-    (width, height), wrap, method = size, settings["wrap"], settings["method"]
+    (width, height), wrap, method, bridging = size, settings["wrap"], settings["method"], settings["bridging"]
+    if bridging is None:
+        bridging = DEFAULT if method == "instantas" else "none"
     settings = settings | dict(
         num_inference_steps=pipe.defaults["num_inference_steps"] if steps is None else steps,
         guidance_scale=pipe.defaults["guidance_scale"] if guidance is None else guidance,
         negative_prompt=negative,
         strength=(1.0 if mask or extend else STRENGTH) if source is not None and strength is None else strength,
-        bridging=settings["bridging"] or (DEFAULT if method == "instantas" else "none"),
+        bridging=bridging,
         window_batch_size=window_batch,
         start=chosen,
     )
@@ -303,21 +305,21 @@ def _paint(
     pictures = dict(image=hint) if source is None else dict(image=source, control_image=hint)
     asked = settings | dict(regions=regions, generator=generator, checkpoint=kept.checkpoint(checkpoint, text))
     asked["group"] = ranks
+    written = [output]
     with kept.until_done("generate") if leads else contextlib.nullcontext():
-        if extend or mask:
-            if extend:
-                picture = pipe.extend(source, *extend, prompt, control_image=hint, **asked).images[0]
-            else:
-                asked |= pictures | dict(height=height, width=width)
-                picture = pipe(prompt, mask_image=masked, **asked).images[0]
-            if leads:
-                write(picture, output, text, force)
-            return
-        asked |= pictures | dict(height=height, width=width)
-        latents = kept.finished() if ranks is None else ranks.first(kept.finished)  # rank 0 has the file
-        if latents is None:
-            latents = pipe(prompt, output_type="latent", **asked).images
-        finish(pipe, latents.to(pipe.device, pipe.unet.dtype), output, text, force, ranks)
+        if extend:
+            picture = pipe.extend(source, *extend, prompt, control_image=hint, **asked).images[0]
+        elif mask:
+            picture = pipe(prompt, mask_image=masked, **pictures, height=height, width=width, **asked).images[0]
+        else:
+            asked |= pictures | dict(height=height, width=width)
+            latents = kept.finished() if ranks is None else ranks.first(kept.finished)  # rank 0 has the file
+            if latents is None:
+                latents = pipe(prompt, output_type="latent", **asked).images
+            written = finish(pipe, latents.to(pipe.device, pipe.unet.dtype), output, text, force, ranks)
+        if leads and (extend or mask):
+            write_picture(picture, output, text, force)
+    say(written, text)
 
 
 def _painted(pipe, size, source, masked, extend):

@@ -53,8 +53,11 @@ class Kept:
         """Refuse what another run has left, unless by force: it is kept until this one has more to keep.
 
         Raises:
-            ValueError: naming the file.
+            ValueError: naming the file; for one to go on from whose name does not say of which stage it is.
         """
+        if self.resumed is not None and self.resumed not in self.files:
+            names = " or ".join(repr(file.name) for file in self.files)
+            raise ValueError(f"resume: expected a stage's file by its name, {names}, got {str(self.resumed)!r}")
         for file in reversed(self.files) if self.resumed is None else []:
             if file.exists() and not force:
                 told = f"go on with --resume {shlex.quote(str(file))}, or begin anew with --force"

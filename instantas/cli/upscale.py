@@ -13,7 +13,7 @@ import torch
 from instantas.checks import real
 from instantas.cli.bands import in_bands
 from instantas.cli.cost import Memory
-from instantas.cli.finish import check_apart, check_finish, finish
+from instantas.cli.finish import check_apart, check_finish, finish, say
 from instantas.cli.inputs import whole
 from instantas.cli.kept import Kept, checkpoint_option
 from instantas.cli.like import check_beside, check_unchanged, resume_option
@@ -117,7 +117,8 @@ def _upscale(context, ranks, picture, output, force, seed, resume, checkpoint, *
         latents = kept.finished() if ranks is None else ranks.first(kept.finished)  # rank 0 has the file
         if latents is None:
             latents = pipe.upscale(image, scale, prompt, group=ranks, **settings).images
-        finish(pipe, latents.to(pipe.device, pipe.unet.dtype), output, text, force, ranks)
+        written = finish(pipe, latents.to(pipe.device, pipe.unet.dtype), output, text, force, ranks)
+    say(written, text)
 
 
 def _evaluations(pipe, sizes, settings):

@@ -220,7 +220,7 @@ def test_a_picture_that_is_painted_in_a_part(capsys, monkeypatch, what):
     option = ["--mask", "mask.png"] if what == "mask" else ["--extend", "40,0,0,8"]
     command = ["generate", "lava", "--image", "photo.png", *option, *RUN, "--bridging", "none"]
     with monkeypatch.context() as patch:
-        patch.setattr("instantas.cli.finish.write_picture", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(Image.Image, "save", lambda *args, **how: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(SystemExit):
             main([*command, "-o", "stopped.png"])
     capsys.readouterr()

@@ -1,11 +1,14 @@
 """A command that is stopped leaves a file, from which it goes on to the same picture."""
 
+import errno
 import os
 import shlex
 import signal
+import sys
 import weakref
 from pathlib import Path
 
+import click
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
@@ -226,6 +229,33 @@ def test_enlargements_go_on_too(stopped, refused, monkeypatch):
         assert bytes_of("a.png") == bytes_of("whole.png")
         assert sorted(os.listdir()) == ["a.png", "small.png", "whole.png"]
         os.remove("a.png")
+
+
+def test_a_stages_file_by_another_name_is_refused_and_does_not_begin_anew(stopped, refused):
+    Image.new("RGB", (20, 16), "red").save("small.png")
+    arguments = ["upscale", "small.png", "--scale", "4", "--prompt", "lava", "--steps", "4", "--strength", "0.5"]
+    stopped(1, raising(KeyboardInterrupt()), *arguments, "-o", "a.png")
+    os.rename("a.1.checkpoint", "mine.checkpoint")
+    line = refused("upscale", "--resume", "mine.checkpoint", "-o", "a.png")
+    assert "resume: expected a stage's file by its name, 'mine.1.checkpoint' or 'mine.2.checkpoint', got" in line
+    os.rename("mine.checkpoint", "mine.1.checkpoint")
+    main(["upscale", "--resume", "mine.1.checkpoint", "-o", "a.png"])
+    assert sorted(os.listdir()) == ["a.png", "small.png"]
+
+
+def test_a_picture_is_done_with_where_nobody_listens(monkeypatch):
+    """Of `instantas generate ... | head -1`: the last line finds no reader."""
+
+    def echo(line="", **settings):
+        if "seed 3" in line:
+            raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr(sys, "stdout", sys.stdout)  # click puts others in their place
+    monkeypatch.setattr(sys, "stderr", sys.stderr)
+    monkeypatch.setattr(click, "echo", echo)
+    with pytest.raises(SystemExit) as ended:
+        main(command("--size", "64x64", "--steps", "2", "-o", "a.png"))
+    assert ended.value.code == 1 and os.listdir() == ["a.png"]
 
 
 def test_nothing_is_kept_of_a_run_without_a_finished_step(refused, monkeypatch):

@@ -300,7 +300,10 @@ def test_vmap_of_what_is_looked_at():
     plan, (query, key, value) = WindowPlan.minimum_coverage(5, 7, (3, 4)), attention_tensors()
     ids, weights = torch.tensor([[0, 1], [1, -1]]), WEIGHTS
     functions = {
-        "prompt_ids": (lambda x: ops.regional_attention(query, key, value, x, weights), torch.stack([ids, ids.flip(0)])),
+        "prompt_ids": (
+            lambda x: ops.regional_attention(query, key, value, x, weights),
+            torch.stack([ids, ids.flip(0)]),
+        ),
         "order": (
             lambda x: ops.regional_attention(query, key, value, ids, weights, order=x),
             torch.stack([ops.region_order(ids, weights), torch.arange(3, dtype=torch.int32).expand(2, 3)]),
