@@ -164,8 +164,8 @@ class RegionalPrompts:
         device = self.regions.masks.device
         if place is None:
             return WindowBatch.whole(elements * frames, size, progress, device, branches)
-        each = torch.arange(elements), torch.tensor(place.numbers), torch.arange(frames)
-        element, number, frame = torch.cartesian_prod(*each).T
+        each = range(elements), place.numbers, range(frames)
+        element, number, frame = torch.cartesian_prod(*(torch.tensor(one, device="cpu") for one in each)).T
         rows = torch.stack([element * frames + frame, number], dim=1)
         origins = place.origins[: len(rows) // frames]  # the same for each of the batch's elements
         origins = origins.to(device).repeat_interleave(frames, 0)

@@ -228,7 +228,7 @@ class RegionMap:
         if len(cells) != 2 or any(given < needed for given, needed in zip(cells, least)):
             raise ValueError(f"latents: expected at least {least} cells, got {cells}")
         lists = region_lists(self.regions)
-        masks = torch.zeros(len(lists), max(map(len, lists)), *cells)
+        masks = torch.zeros(len(lists), max(map(len, lists)), *cells, device="cpu")
         drawn = {}
         for picture, regions in enumerate(lists):
             for r, region in enumerate(regions):
@@ -330,11 +330,11 @@ class RegionMap:
             return guidance_scale
         maps = []
         for masks, regions in zip(self.masks, self.lists):
-            weights = torch.tensor([region.weight for region in regions]).to(masks.device)[:, None, None]
+            weights = torch.tensor([region.weight for region in regions], device=masks.device)[:, None, None]
             scales = [guidance_scale if r.guidance_scale is None else float(r.guidance_scale) for r in regions]
             shares = weights * masks[: len(regions)]
             base = (1 - shares.sum(0)).clamp(min=0) + self.base_weight
-            total = guidance_scale * base + (shares * torch.tensor(scales).to(masks.device)[:, None, None]).sum(0)
+            total = guidance_scale * base + (shares * torch.tensor(scales, device=masks.device)[:, None, None]).sum(0)
             maps.append(total / (base + shares.sum(0)))
         if any(not torch.equal(maps[0], other) for other in maps[1:]):
             raise ValueError(

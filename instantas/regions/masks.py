@@ -133,7 +133,7 @@ def _interval(low, high, length, wraps, axis):
         raise ValueError(f"box: expected 0 to {length} pixels on the {axis} axis, got {low:g} to {high:g}")
     if wraps and not (-length <= low < high <= 2 * length and high - low <= length):
         raise ValueError(f"box: expected at most one turn of {length} pixels ({axis}), got {low:g} to {high:g}")
-    pixel = torch.arange(length, dtype=torch.float64)
+    pixel = torch.arange(length, dtype=torch.float64, device="cpu")
     turns = [(pixel + turn * length, pixel + turn * length + 1) for turn in (-1, 0, 1)]
     inside = [end.clamp(max=high) - start.clamp(min=low) for start, end in turns]
     return sum(part.clamp(min=0) for part in inside).clamp(max=1)
@@ -165,7 +165,7 @@ def feather(mask: torch.Tensor, pixels: int, wrap: tuple[bool, bool] = (False, F
         return mask
     for axis, wraps in enumerate(wrap):
         length = mask.shape[axis]
-        index = torch.arange(-reach, length + reach)
+        index = torch.arange(-reach, length + reach, device=mask.device)
         index = index % length if wraps else index.clamp(0, length - 1)
         # sums of 0 and 1 are exact in float64, so that the mask stays exactly 0 and 1 away from its edges
         total = F.pad(mask.double().index_select(axis, index).movedim(axis, -1).cumsum(-1), (1, 0))
@@ -184,5 +184,5 @@ def average(mask: torch.Tensor, side: int) -> torch.Tensor:
 def over_cells(mask: torch.Tensor, side: int, cells: Sequence[int]) -> torch.Tensor:
     """(h, w) -> (rows, columns) `cells` of `side` pixels each: means; cells beyond the mask continue its edge."""
     mask = average(mask, side)
-    rows, columns = (torch.arange(n).clamp(max=length - 1) for n, length in zip(cells, mask.shape))
+    rows, columns = (torch.arange(n, device=mask.device).clamp(max=length - 1) for n, length in zip(cells, mask.shape))
     return mask.index_select(0, rows).index_select(1, columns)

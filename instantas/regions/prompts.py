@@ -136,10 +136,10 @@ class PromptBank:
             found = [self._rows[row] for row in rows]
             attended.append(list(dict.fromkeys(found)))
             slots.append([attended[-1].index(row) for row in found] + [0] * (most - len(prompts)))
-        ids = torch.full((len(attended), max(map(len, attended))), -1, dtype=torch.int32)
+        ids = torch.full((len(attended), max(map(len, attended))), -1, dtype=torch.int32, device="cpu")
         for element, found in enumerate(attended):
-            ids[element, : len(found)] = torch.tensor(found)
-        return ids, torch.tensor(slots)
+            ids[element, : len(found)] = torch.tensor(found, device="cpu")
+        return ids, torch.tensor(slots, device="cpu")
 
 
 @dataclass(frozen=True)

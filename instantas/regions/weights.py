@@ -43,7 +43,7 @@ class WindowBatch(NamedTuple):
         cls, pictures: int, size: tuple[int, int], progress: float, device: torch.device, branches: Any = None
     ) -> WindowBatch:
         """So many whole canvases of (rows, columns) cells."""
-        rows = torch.stack([torch.arange(pictures), torch.zeros(pictures, dtype=torch.int64)], dim=1)
+        rows = torch.tensor([[picture, 0] for picture in range(pictures)], device="cpu")
         origins = torch.zeros(pictures, 2, dtype=torch.int32, device=device)
         plan = WindowPlan.minimum_coverage(*size, size)
         return cls(plan, rows, origins, progress, branches=branches)

@@ -58,7 +58,8 @@ class View:
     def enlarged(self, times: int) -> View:
         """The same of a canvas whose every cell is times x times cells."""
         rows, columns = (
-            (index[:, None] * times + torch.arange(times)).flatten() for index in (self.rows, self.columns)
+            (index[:, None] * times + torch.arange(times, device=index.device)).flatten()
+            for index in (self.rows, self.columns)
         )
         return View(rows, columns)
 

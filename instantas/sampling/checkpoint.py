@@ -293,7 +293,7 @@ def _kept(scheduler, begun_with):
 
 def _check_steps(scheduler, eta):
     """Refuse a scheduler whose state cannot be kept, before the first step of the run: a copy takes one."""
-    stepped, nothing = copied(scheduler), torch.zeros(1, 1, 1, 1)
+    stepped, nothing = copied(scheduler), torch.zeros(1, 1, 1, 1, device="cpu")
     begun_with = dict(vars(stepped))
     with torch.random.fork_rng(devices=[]):
         t = stepped.timesteps[getattr(stepped, "begin_index", None) or 0]

@@ -244,7 +244,7 @@ class Windowed:
         sample = _as_prediction(x, predicted.cond)
         if any(each.plan.partial for each in stages):
             form = (0.0, 1.0) if carry is None else carry(mark)
-            numbers = [torch.as_tensor(number).to(x.device, torch.float64).flatten()[0] for number in form]
+            numbers = [torch.as_tensor(number, dtype=torch.float64, device=x.device).flatten()[0] for number in form]
             predicted = predicted.kept(latest, torch.stack(numbers), sample)
         merged, latest = predicted.merged(sample, 1.0)
         if latest is not None:
@@ -318,7 +318,7 @@ def step_of(sigmas: torch.Tensor, sigma: torch.Tensor | float) -> int:
 
     sigmas: falling, as a k-diffusion sampler is given them; sigma: one value, or several equal ones.
     """
-    sigma = torch.as_tensor(sigma).flatten()[0].to(sigmas)
+    sigma = torch.as_tensor(sigma, dtype=sigmas.dtype, device=sigmas.device).flatten()[0]
     begun = int((sigmas >= sigma * (1 - 1e-5)).sum())  # schedules keep their levels in float32
     return min(max(begun - 1, 0), max(len(sigmas) - 2, 0))
 

@@ -73,7 +73,7 @@ def levels(scheduler: Any) -> list[Level] | None:
     if predicts != "flow_prediction" and getattr(scheduler, "alphas_cumprod", None) is not None:
         alphas = scheduler.alphas_cumprod.double().cpu().numpy()
         angles = np.arctan2(np.sqrt(1 - alphas), np.sqrt(alphas))
-        steps = torch.as_tensor(scheduler.timesteps).double().cpu().numpy()
+        steps = torch.as_tensor(scheduler.timesteps, device="cpu").double().numpy()
         angles = np.interp(steps, np.arange(len(alphas)), angles)
         return [Level(float(np.cos(angle)), float(np.sin(angle)), predicts) for angle in angles]
     sigmas = getattr(scheduler, "sigmas", None)

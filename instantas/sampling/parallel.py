@@ -95,8 +95,8 @@ class Ranks:
     def _said(self, status, values=(), message=""):
         if self._gone:
             raise PeerError(f"group: expected one whose processes are all there, got one in which {self._gone}")
-        said = torch.zeros(WORDS, dtype=torch.int64)
-        said[: 1 + len(values)] = torch.tensor([status, *values])
+        said = torch.zeros(WORDS, dtype=torch.int64, device="cpu")
+        said[: 1 + len(values)] = torch.tensor([status, *values], device="cpu")
         everyone = self._all(said)
         failed = [rank for rank, row in enumerate(everyone) if row[0] == FAILED]
         if failed:
@@ -117,7 +117,7 @@ class Ranks:
     def _objects(self, value):
         """Every process's, by rank, of what can be pickled."""
         content = _bytes(value)
-        sizes = [int(size) for size in self._all(torch.tensor([len(content)]))]
+        sizes = [int(size) for size in self._all(torch.tensor([len(content)], device="cpu"))]
         padded = content.new_zeros(max(sizes))
         padded[: len(content)] = content
         return [pickle.loads(each[:size].numpy().tobytes()) for each, size in zip(self._all(padded), sizes)]
@@ -125,7 +125,7 @@ class Ranks:
     def _from_first(self, value):
         """Rank 0's."""
         content = _bytes(value if self.rank == 0 else None)
-        size = int(self._all(torch.tensor([len(content)]))[0])
+        size = int(self._all(torch.tensor([len(content)], device="cpu"))[0])
         content = content if self.rank == 0 else content.new_empty(size)
         with self._watched():
             self._control.broadcast(content, 0).wait()

@@ -61,7 +61,8 @@ def probe(scheduler: Any, eta: float = 0.0, begin: int = 0) -> Recurrence | None
     """
     steps = len(scheduler.timesteps) - begin
     with torch.random.fork_rng(devices=[]):
-        noise = torch.randn(1 + steps, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * _SPREAD
+        host: Any = dict(dtype=torch.float64, device="cpu")  # whatever the default device is
+        noise = torch.randn(1 + steps, 64, generator=torch.Generator().manual_seed(0), **host) * _SPREAD
         trajectory, _, _, draws = _run(scheduler, noise[0], noise[1:], eta, begin)
         if not np.isfinite(trajectory).all():
             step = int(np.isfinite(trajectory[1:]).all(1).argmin())
@@ -71,7 +72,7 @@ def probe(scheduler: Any, eta: float = 0.0, begin: int = 0) -> Recurrence | None
             )
         if draws:
             return None
-        basis = torch.eye(1 + steps, dtype=torch.float64)
+        basis = torch.eye(1 + steps, **host)
         x, scale, kept, _ = _run(scheduler, basis[0], basis[1:], eta, begin)
     if scale is None:
         return None
@@ -132,10 +133,10 @@ def noise_after(scheduler: Any, begin: int, steps: int) -> torch.Tensor:
     if not callable(getattr(scheduler, "add_noise", None)):
         raise TypeError(f"scheduler: expected one with add_noise, got {type(scheduler).__name__}")
     scheduler = unplaced(scheduler)
-    table = torch.tensor([[1.0, 0.0]] * steps, dtype=torch.float64)
+    table = torch.tensor([[1.0, 0.0]] * steps, dtype=torch.float64, device="cpu")
     timesteps = scheduler.timesteps[begin + 1 : begin + 1 + steps].cpu()
     if len(timesteps):
-        signal = torch.tensor([[1.0, 0.0]] * len(timesteps), dtype=torch.float64)
+        signal = table[: len(timesteps)].clone()
         table[: len(timesteps)] = scheduler.add_noise(signal, signal.flip(1), timesteps)
     return table
 

@@ -203,14 +203,16 @@ def steps_of(
     """All steps, with everything from the host copied before the first: the loop waits for no device."""
     device, steps, like = latents.device, [], {}
     numbers = recurrence and recurrence.to(device)
-    carry = torch.tensor([level.carry if level else (0.0, 1.0) for level in noise_levels], dtype=torch.float64)
+    carry = torch.tensor(
+        [level.carry if level else (0.0, 1.0) for level in noise_levels], dtype=torch.float64, device="cpu"
+    )
     if recurrence:
         carry[:, 0] *= recurrence.input_scale[: len(carry)]
     carry = carry.to(device)
     for i, (t, level, (stage, weight)) in enumerate(zip(timesteps, noise_levels, stages)):
         count = stage.plan.count
         if count not in like:
-            rows = torch.cartesian_prod(torch.arange(len(latents)), torch.arange(count))
+            rows = torch.cartesian_prod(*(torch.arange(n, device="cpu") for n in (len(latents), count)))
             like[count] = rows, rows.to(device)
         rows, placed = like[count]
         if stage.view is not None:

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from instantas.pipelines.attention import regional_prompts
 from instantas.pipelines.pipeline import InstantASPipeline
 from instantas.pipelines.turns import turn
-from instantas.regions import Region
+from instantas.regions import Region, RegionMap
 from instantas.testing import tiny
 
 NATIVE = tiny.WINDOW * tiny.CELL
@@ -126,3 +127,19 @@ def test_a_distilled_model_on_another_default_device():
     wanted = paint(pipe, output_type="np")
     with torch.device("meta"):
         assert np.array_equal(paint(pipe, output_type="np"), wanted)
+
+
+def test_regions_in_a_network_of_ones_own_on_another_default_device():
+    network, regions = tiny.unet(), [Region(None, embeds=torch.ones(3, 32), box=(0.0, 0.0, 0.5, 1.0), feather=9)]
+    x, timestep, prompts = torch.linspace(-1, 1, 1024).reshape(1, 4, 16, 16), torch.tensor(5), torch.zeros(1, 3, 32)
+
+    def evaluated():
+        with torch.no_grad(), regional_prompts(network, regions, classifier_free_guidance=False):
+            return network(x, timestep, prompts).sample
+
+    with torch.device("meta"):
+        shares = RegionMap(regions, 160, 240).shares(0.0)
+    assert shares.equal(RegionMap(regions, 160, 240).shares(0.0))
+    wanted = evaluated()
+    with torch.device("meta"):
+        assert evaluated().equal(wanted)
