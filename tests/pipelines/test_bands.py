@@ -1,11 +1,14 @@
 """Pictures in bands: bit for bit what is decoded at once, and no more of it than a row of tiles at a time."""
 
+import weakref
 from itertools import islice
 
 import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from instantas import InstantASPipeline
 from instantas.pipelines import codec, tiles
@@ -97,3 +100,52 @@ def test_a_pipeline_with_a_safety_checker_has_no_bands():
         next(pipe.bands(latents(8, 8), 64, 64))
     with pytest.raises(ValueError, match="latents: expected"):
         next(pipe.bands(latents(8, 9), 64, 64))
+
+
+# What is held
+
+
+class Alive(TorchDispatchMode):
+    """Counts the bytes of all tensors that are made while it is entered, at their most."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes, self.most = {}, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for each in tree_leaves(result):
+            storage = each.untyped_storage()
+            if storage._cdata not in self.sizes:
+                self.sizes[storage._cdata] = storage.nbytes()
+                weakref.finalize(storage, self.sizes.pop, storage._cdata)
+        self.most = max(self.most, sum(self.sizes.values()))
+        return result
+
+
+@pytest.mark.parametrize("attention", [True, False])
+@torch.no_grad()
+def test_what_the_middle_block_holds_is_known_beforehand(attention):
+    vae, given = of_layers(mid_block_add_attention=attention), latents(24, 40)
+    activation = 8 * 24 * 40 * 4
+    with Alive() as alive:
+        codec._through(codec._decoding(vae, None).before, given)
+    known = codec.middle_bytes(vae, 24, 40)
+    assert known == (7 if attention else 4) * activation  # and on the CPU a copy for a layer of the attention
+    assert known <= alive.most < known + 2 * activation
+
+
+def test_a_picture_in_tiles_is_held_once(monkeypatch):
+    made, plain = [], codec.in_tiles
+    monkeypatch.setattr(codec, "in_tiles", lambda *given, **how: made.append(plain(*given, **how)) or made[-1])
+    picture = codec.decode(autoencoder(tiny=True), latents(5, 31), tiles=21)
+    assert picture.data_ptr() == made[0].data_ptr()
+
+
+def test_float16_that_overflows_counts_as_float32():
+    half = of_layers(force_upcast=False).half()
+    assert codec.middle_bytes(of_layers().half(), 5, 6) == codec.middle_bytes(of_layers(), 5, 6) == 7 * 8 * 30 * 4
+    assert codec.middle_bytes(half, 5, 6) == 7 * 8 * 30 * 2
+    assert codec.middle_bytes(autoencoder(tiny=True), 5, 6) == 0
+    unknown = of_layers(up_block_types=("AttnUpDecoderBlock2D",) * 4)
+    assert codec.middle_bytes(unknown, 5, 6) == 0

@@ -1,7 +1,6 @@
 """Pictures in tiles against pictures at once, both ways."""
 
 import threading
-import weakref
 
 import diffusers
 import pytest
@@ -9,8 +8,6 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from diffusers.hooks import HookRegistry
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from instantas import demo
 from instantas.pipelines import codec, tiles
@@ -142,51 +139,6 @@ def test_small_canvases_are_decoded_at_once_and_large_ones_in_tiles(monkeypatch)
     for size in ((42, 42), (42, 43), (9, 400)):
         decode(vae, latents(*size))
     assert shapes[0] == (42, 42) and len(shapes) > 20 and all(max(shape) <= 42 for shape in shapes)
-
-
-class Alive(TorchDispatchMode):
-    """Counts the bytes of all tensors that are made while it is entered, at their most."""
-
-    def __init__(self):
-        super().__init__()
-        self.sizes, self.most = {}, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for each in tree_leaves(result):
-            storage = each.untyped_storage()
-            if storage._cdata not in self.sizes:
-                self.sizes[storage._cdata] = storage.nbytes()
-                weakref.finalize(storage, self.sizes.pop, storage._cdata)
-        self.most = max(self.most, sum(self.sizes.values()))
-        return result
-
-
-@pytest.mark.parametrize("attention", [True, False])
-@torch.no_grad()
-def test_what_the_middle_block_holds_is_known_beforehand(attention):
-    vae, given = of_layers(mid_block_add_attention=attention), latents(24, 40)
-    activation = 16 * 24 * 40 * 4
-    with Alive() as alive:
-        codec._through(codec._decoding(vae, None).before, given)
-    known = codec.middle_bytes(vae, 24, 40)
-    assert known == (7 if attention else 4) * activation  # and on the CPU a copy for a layer of the attention
-    assert known <= alive.most < known + 2 * activation
-
-
-def test_a_picture_in_tiles_is_held_once(monkeypatch):
-    made, plain = [], codec.in_tiles
-    monkeypatch.setattr(codec, "in_tiles", lambda *given, **how: made.append(plain(*given, **how)) or made[-1])
-    picture = decode(autoencoder(tiny=True), latents(5, 31), tiles=21)
-    assert picture.data_ptr() == made[0].data_ptr()
-
-
-def test_float16_that_overflows_counts_as_float32():
-    half = of_layers(force_upcast=False).half()
-    assert codec.middle_bytes(of_layers().half(), 5, 6) == codec.middle_bytes(of_layers(), 5, 6) == 7 * 16 * 30 * 4
-    assert codec.middle_bytes(half, 5, 6) == 7 * 16 * 30 * 2
-    assert codec.middle_bytes(autoencoder(tiny=True), 5, 6) == 0
-    assert codec.middle_bytes(of_layers(attention=True), 5, 6) == 0  # of layers that are not known
 
 
 @pytest.mark.parametrize("size", [(16, 30), (5, 60), (25, 24)])
