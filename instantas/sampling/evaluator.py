@@ -118,6 +118,8 @@ def _pair(prediction, windows):
     if len(pair) != 2:
         raise ValueError(f"denoiser: expected a prediction or a pair (cond, uncond), got {len(pair)} values")
     for each in pair:
+        if not isinstance(each, torch.Tensor) and not (each is None and pair[0] is not None):
+            raise TypeError(f"denoiser: expected a tensor of predictions, got {type(each).__name__}")
         if each is not None and each.shape != windows.shape:
             raise ValueError(f"denoiser: expected predictions of shape {tuple(windows.shape)}, got {tuple(each.shape)}")
     return tuple(each if each is None else each.to(windows.dtype) for each in pair)

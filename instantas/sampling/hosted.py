@@ -222,6 +222,10 @@ class Windowed:
     def _merged(self, evaluate, x, step, steps, stream, carry, mark):
         if not isinstance(x, torch.Tensor) or x.dim() != 4:
             raise TypeError(f"x: expected a tensor (B, C, H, W), got {tuple(getattr(x, 'shape', (type(x).__name__,)))}")
+        if not x.is_floating_point():
+            raise TypeError(f"x: expected a tensor of floats, got {x.dtype}")
+        if not callable(evaluate):
+            raise TypeError(f"evaluate: expected a function, got {type(evaluate).__name__}")
         if integer("step", step, 0) >= positive("steps", steps):
             raise ValueError(f"step: expected 0 to {steps - 1}, got {step}")
         size = x.shape[-2], x.shape[-1]
@@ -262,6 +266,8 @@ class Windowed:
         def call(windows, some):
             given = windows.transpose(0, 1).flatten(0, 1)
             out = evaluate(given, own.subset(some))
+            if not isinstance(out, torch.Tensor):
+                raise TypeError(f"evaluate: expected a tensor of predictions, got {type(out).__name__}")
             if out.dim() != 4 or (len(out), *out.shape[2:]) != (len(given), *given.shape[2:]):
                 raise ValueError(
                     f"evaluate: expected predictions of {len(given)} windows of {tuple(given.shape[2:])}, got "

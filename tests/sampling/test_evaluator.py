@@ -144,3 +144,11 @@ def test_predictions_of_another_shape_are_refused():
     ):
         with pytest.raises(ValueError, match="^" + re.escape(message)):
             sample(denoise, noise(WIDE), WIDE, scheduler(), num_inference_steps=2)
+
+
+@pytest.mark.parametrize("kind", ["dict", "NoneType"])
+def test_what_is_no_prediction_is_named(kind):
+    """As a diffusers network's output without `return_dict=False` or `.sample`."""
+    answer = dict(sample=noise(WIDE)) if kind == "dict" else None
+    with pytest.raises(TypeError, match=f"^denoiser: expected a tensor of predictions, got {kind}"):
+        sample(lambda windows, timestep, context: answer, noise(WIDE), WIDE, scheduler(), num_inference_steps=2)

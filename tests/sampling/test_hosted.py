@@ -312,6 +312,17 @@ def test_a_mark_that_a_bridge_cannot_use_is_refused_before_the_network_is_evalua
     assert not evaluated
 
 
+def test_what_is_no_prediction_is_named():
+    for evaluate, message in (
+        (lambda windows, place: (windows,), "evaluate: expected a tensor of predictions, got tuple"),
+        (None, "evaluate: expected a function, got NoneType"),
+    ):
+        with pytest.raises(TypeError, match="^" + message):
+            Windowed(8)(evaluate, noise(16, 16), 0, 4)
+    with pytest.raises(TypeError, match="^x: expected a tensor of floats, got torch.int64"):
+        Windowed(8)(network, torch.zeros(1, 4, 16, 16, dtype=torch.int64), 0, 4)
+
+
 def test_x_that_is_no_canvas_is_named():
     for wrong in (torch.zeros(4, 8, 8), "x"):
         with pytest.raises(TypeError, match=r"x: expected a tensor \(B, C, H, W\)"):
