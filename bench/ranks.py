@@ -1,7 +1,7 @@
 """Speed of several processes over one: the same run on 32 windows, by one process and shared by two.
 
     python -m bench.ranks                                     # the embedded model, a minute of two idle cores
-    python -m bench.ranks --network sd2 --window 32 --steps 1 --laps 3     # Stable Diffusion 2.0's UNet, random weights
+    python -m bench.ranks --network sd2 --window 16 --steps 1 --laps 3     # Stable Diffusion 2.0's UNet, random weights
 
 Each process has one thread and its own processor, and the others wait while one measures alone. Prints what each lap
 took by the clock and by every process's processor, and the ratio of the medians. Meant for idle processors.
@@ -27,7 +27,7 @@ from instantas.windows import WindowPlan
 ROWS, COLUMNS = 4, 8  # windows
 
 
-def networks(name: str) -> UNet2DConditionModel:
+def network_of(name: str) -> UNet2DConditionModel:
     """The embedded model's UNet, or one of Stable Diffusion 2.0's architecture."""
     if name == "embedded":
         return InstantASPipeline.from_pretrained(demo.folder()).unet
@@ -43,7 +43,7 @@ def networks(name: str) -> UNet2DConditionModel:
 
 def run_of(options: argparse.Namespace) -> Callable[[object], torch.Tensor]:
     """The run, as a function of its group."""
-    unet = networks(options.network)
+    unet = network_of(options.network)
     window = options.window or unet.config.sample_size
     plan = WindowPlan.minimum_coverage(ROWS * window, COLUMNS * window, window)
     drawn = torch.Generator().manual_seed(0)
@@ -68,7 +68,7 @@ def work(rank: int, options: argparse.Namespace, folder: str) -> None:
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[rank % len(cores)]})
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=options.processes)
-    run, alone, shared, worked = run_of(options), [], [], []
+    run, alone, shared = run_of(options), [], []
     for lap in range(options.laps + 1):  # the first warms up
         dist.barrier()
         begun = time.perf_counter()
@@ -81,7 +81,6 @@ def work(rank: int, options: argparse.Namespace, folder: str) -> None:
         shared.append(time.perf_counter() - begun)
         everyone = [0.0] * options.processes
         dist.all_gather_object(everyone, time.process_time() - used)
-        worked.append(everyone)
         if rank == 0 and not torch.equal(found, expected):
             raise AssertionError(f"lap {lap}: {options.processes} processes got another canvas than one")
         if rank == 0 and lap:

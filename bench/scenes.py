@@ -17,12 +17,13 @@ from PIL import Image
 
 from bench.quality import gradient_energy, load_picture
 from bench.structure_pictures import (
-    OCTAVES,
+    MEASURES,
     arguments_of,
     border,
     bracket,
     cost,
     file_of,
+    measures,
     octaves,
     paint_all,
     seams,
@@ -87,25 +88,17 @@ def table(out: Path, sizes: dict[int, list[str]], seeds: int, detector: Detector
         f"exactly one in {one:.0%} ({by_prompt(native)})."
     ]
     for size, names in sizes.items():
-        waves = " | ".join(f"{short} to {long} px" for short, long in zip((2, *OCTAVES), OCTAVES))
-        lines += ["", f"{size} x {size} windows:", ""]
-        lines.append(
-            f"| method | pictures | evaluations | subjects | exactly one | detail | seams | border | {waves} |"
-        )
-        lines.append("|---" * (8 + len(OCTAVES)) + "|")
+        head = f"method | pictures | evaluations | subjects | exactly one | {MEASURES}"
+        lines += ["", f"{size} x {size} windows:", "", f"| {head} |", "|---" * (1 + head.count("|")) + "|"]
         shift = measure(out, "shift", size, seeds, detector)
         notes = []
         for name in names:
             found = measure(out, name, size, seeds, detector)
             if set(found["prompts"]) != set(PROMPTS):
                 continue
-            detail = found["detail"].mean() / shift["detail"].mean()
-            bands = " | ".join(f"{10**d:.2f}" for d in found["octaves"].mean(0) - shift["octaves"].mean(0))
             subjects = f"{bracket(found['subjects'])} | {(found['subjects'] == 1).mean():.0%}"
-            ratio = bracket(found["seams"], found["weights"])
-            edge = border(out, name, size, PROMPTS, seeds)
-            measures = f"{detail:.3f} | {ratio} | {edge} | {bands}"
-            row = f"{len(found['subjects'])} | {cost(name, size):.2f} | {subjects} | {measures}"
+            rest = measures(found, shift, border(out, name, size, PROMPTS, seeds))
+            row = f"{len(found['subjects'])} | {cost(name, size):.2f} | {subjects} | {rest}"
             lines.append(f"| {name} | {row} |")
             notes.append(f"* {name}: {by_prompt(found)}")
         lines += ["", "Subjects by prompt:", "", *notes]

@@ -182,6 +182,16 @@ def border(out: Path, name: str, size: int, prompts: Iterable[str], seeds: int) 
     return "{:.3f} ({:.3f} to {:.3f})".format(*np.exp([np.mean(apart), *bootstrap(apart)]))
 
 
+MEASURES = "detail | seams | border | " + " | ".join(f"{a} to {b} px" for a, b in zip((2, *OCTAVES), OCTAVES))
+
+
+def measures(found: dict[str, np.ndarray], shift: dict[str, np.ndarray], edge: str) -> str:
+    """The cells of `MEASURES` of a method's pictures; detail and octaves over shift's. edge: of `border`."""
+    detail = found["detail"].mean() / shift["detail"].mean()
+    bands = " | ".join(f"{10**d:.2f}" for d in found["octaves"].mean(0) - shift["octaves"].mean(0))
+    return f"{detail:.3f} | {bracket(found['seams'], found['weights'])} | {edge} | {bands}"
+
+
 def bracket(values, weights=None, digits: int = 2) -> str:
     low, high = bootstrap(values, weights)
     return f"{np.average(values, weights=weights):.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"

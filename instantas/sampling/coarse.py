@@ -161,7 +161,8 @@ def evaluations(
     *before, last = runs
 
     def count(leg, first=None, **settings):
-        here = bridge if leg.begin is None else bridging.going_on(bridging.bridge(bridge))
+        predicted = leg.begin is not None and levels(leg.scheduler) is not None
+        here = bridging.going_on(bridging.bridge(bridge)) if predicted else bridge
         return bridging.evaluations(here, leg.plan, leg.steps, first, **settings)
 
     first = None if until is None else until.step

@@ -23,6 +23,7 @@ from instantas.sampling.evaluator import Evaluator
 from instantas.sampling.fingerprint import digests
 from instantas.sampling.graphs import StepGraphs
 from instantas.sampling.known import Known, Restorer, prediction_of
+from instantas.sampling.noise import levels
 from instantas.sampling.parallel import SharedEvaluator, call_back, shared
 from instantas.sampling.schedulers import noise_after, probe
 from instantas.sampling.settings import (
@@ -98,7 +99,8 @@ def sample(
             begins with noise, at the first. Bridges and callbacks count the steps that are taken.
         origin: with `begin`, the clean sample and the noise that `latents` were made of, both (B, C, H, W). What a
             network would predict that knew them is there for cells that no window of the first step covers, so that
-            windows can move at it too (`bridging.going_on`). None: it is not known, the first step's windows rest.
+            windows can move at it too (`bridging.going_on`). None: it is not known, the first step's windows rest, as
+            they do with a scheduler whose noise levels are not (EDM's).
         known: the cells that are not painted, but are what they are in known latents; None: all are painted.
         guidance_scale: g of u + g (c - u), a float or a (H, W) tensor; of no effect without uncond. Or a function of
             the `StepContext` of all windows that gives it, or None for no guidance, asked before each step.
@@ -156,6 +158,8 @@ def sample(
     if before:
         begin, evaluations = last.begin, last.steps
     check_origin(origin, latents, begin)
+    if levels(scheduler) is None:
+        origin = None  # nobody can say what the network would predict
     from_picture, begin = begin is not None, checked_begin(begin or 0, len(scheduler.timesteps))
     timesteps = scheduler.timesteps[begin:]
     timesteps = timesteps[: checked_evaluations(evaluations, len(timesteps))]

@@ -87,3 +87,20 @@ def test_an_anchor_gives_a_canvas_the_low_frequencies_of_the_native_picture():
     assert torch.allclose(*high, atol=1e-12)
     late = anchor.step(4, 5, plan).adjust(canvas, None, context)
     assert 0 < (late - canvas).norm() < 0.2 * (pulled - canvas).norm()
+
+
+def test_what_a_border_adds_is_told_from_what_is_painted_there(tmp_path):
+    """A subject in the middle is in the run with overlapping windows too; a step of one picture alone is a seam."""
+    smooth = np.linspace(0, 100, 256).astype(np.uint8)
+    subject = np.broadcast_to(smooth[:, None, None] // 2 + smooth[None, :, None] // 2, (256, 256, 3)).copy()
+    subject[120:136, 120:136] += 100
+    seam = subject + 20 * (np.arange(256) >= 128)[None, :, None].astype(np.uint8)
+    for name, picture in (
+        ("shift", subject),
+        ("none", seam),
+        *((f"{n}, overlapping", subject) for n in ("shift", "none")),
+    ):
+        structure_pictures.keep(Image.fromarray(picture), structure_pictures.file_of(tmp_path, name, 2, "sea", 0))
+    assert structure_pictures.border(tmp_path, "shift", 2, ["sea"], 1) == "1.000 (1.000 to 1.000)"
+    assert float(structure_pictures.border(tmp_path, "none", 2, ["sea"], 1).split()[0]) > 2
+    assert structure_pictures.border(tmp_path, "coarse", 2, ["sea"], 1) == ""

@@ -1,5 +1,6 @@
 """Runs that go on from what is known: windows move from their first step on, and leave no border."""
 
+import diffusers
 import pytest
 import torch
 
@@ -106,6 +107,23 @@ def test_windows_move_at_the_first_step_of_a_run_whose_origin_is_known():
     wanted = chosen.add_noise(clean, noise, chosen.timesteps[5:6])
     torch.testing.assert_close(after["known"][..., ~covered], wanted[..., ~covered], atol=2e-4, rtol=0)
     assert (after["unknown"] - wanted)[..., ~covered].abs().max() > 0.1
+
+
+def test_windows_rest_where_noise_levels_are_not_known():
+    """An EDM network's prediction is neither the noise nor the sample: what it would be nobody says."""
+    plan, clean, noise, seen = WindowPlan.minimum_coverage(16, 16, 8), draw(0, 16, 16), draw(1, 16, 16), []
+    chosen = diffusers.EDMEulerScheduler()
+    chosen.set_timesteps(STEPS)
+    x = chosen.add_noise(clean, noise, chosen.timesteps[4:5])
+
+    def denoiser(windows, t, context):
+        seen.append(context.origins.tolist())
+        return network(windows, t, context)
+
+    settings = dict(num_inference_steps=STEPS, begin=4, bridging="shift")
+    known = sample(denoiser, x, plan, chosen, origin=(clean, noise), **settings)
+    assert seen[0] == plan.origins.tolist() != seen[1]
+    assert torch.equal(known, sample(network, x, plan, chosen, **settings))
 
 
 @pytest.mark.parametrize(
