@@ -12,7 +12,7 @@ import torch
 
 from .. import __version__
 from . import cpu, stamp
-from .schemas import ROWS, SCHEMAS
+from .schemas import MASS, SCHEMAS
 
 
 class Library:
@@ -68,7 +68,7 @@ CPP = Library(
     stamp.PACKAGE / "libinstantas_cpu.so",
     "instantas_cpp",
     "CPU",
-    SCHEMAS | ROWS,
-    {name: getattr(cpu, name) for name in ("regional_attention", "regional_attention_backward")},
+    SCHEMAS | MASS,
+    {"regional_attention_backward": cpu.regional_attention_backward},
 )
 CUDA = Library(stamp.PACKAGE / "libinstantas_cuda.so", "instantas_cuda", "CUDA")

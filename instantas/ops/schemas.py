@@ -17,8 +17,9 @@ SCHEMAS = {
     "Tensor weights, bool joint, float scale, Tensor? order=None, Tensor? lengths=None) -> (Tensor, Tensor, Tensor)",
 }
 
-# What the host library offers besides: rows of a contiguous tensor by number (instantas/ops/cpu.py).
-ROWS = {
-    "take_rows": "(Tensor source, Tensor rows) -> Tensor",
-    "put_rows": "(Tensor(a!) target, Tensor rows, Tensor values) -> ()",
+# What the host library offers besides: attention, and where it is joint (B, N, heads) logarithms of the sums of
+# exponentials, which its derivative needs (instantas/ops/cpu.py).
+MASS = {
+    "attention_with_mass": "(Tensor query, Tensor key, Tensor value, Tensor prompt_ids, Tensor weights, bool joint, "
+    "float scale, Tensor? lengths) -> (Tensor, Tensor)",
 }

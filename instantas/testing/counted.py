@@ -25,7 +25,15 @@ def calls(side: int, dtype: torch.dtype) -> dict:
     coefficients = torch.tensor([0.9, -0.1, 0.1], dtype=torch.float64)
     keep = torch.tensor([0.3, 0.9], dtype=torch.float64)
     step = dict(history=canvas[None].clone(), keep=keep)
+    query, bank = (torch.randn(*shape, 2, 16, generator=generator).to(dtype) for shape in ((1, 8 * side), (4, 20)))
+
+    def attend(regions):
+        ids, weights = torch.arange(regions, dtype=torch.int32)[None], torch.eye(regions)[None]
+        return ops.regional_attention(query, bank, bank, ids, weights.repeat_interleave(8 * side // regions, 2))
+
     return {
+        "attention, 1 region": (lambda: attend(1), query.numel()),
+        "attention, 4 hard regions": (lambda: attend(4), query.numel()),
         "gather": (lambda: ops.gather_windows(canvas, fewest), cond.numel()),
         "scatter": (lambda: ops.scatter_windows(cond, fewest), canvas.numel()),
         "scatter, weighted overlap": (lambda: ops.scatter_windows(overlapping, strided, weight), canvas.numel()),
