@@ -235,8 +235,8 @@ BACKENDS = {
             lambda: REFERENCE,
         ),
         # Measured on one thread, times as fast as the reference: gather, scatter, guided_step on 256 x 256 x 4 cells
-        # 3.0, 10, 10 with windows 8 apart, 11, 13, 6 at minimum coverage; attention with 4 hard regions 9 to 11, its
-        # backward 7; with a single region or soft ones 1.1 to 2.1, backward 1.2 to 1.6.
+        # 3.0, 10, 10 with windows 8 apart, 11, 13, 6 at minimum coverage; attention with 4 hard regions 13, with a
+        # single one 2.3, with soft ones 3.5 to 6.8, its backward 7 and 1.2 to 1.6.
         Backend(
             "cpp",
             "C++ on the CPU",

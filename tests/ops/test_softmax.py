@@ -1,0 +1,80 @@
+"""The host's attention of a tile (csrc/softmax.h) for every kind of processor whose instructions this one has."""
+
+import ctypes
+import shutil
+import subprocess
+
+import pytest
+import torch
+
+from instantas.ops import stamp
+
+ROWS = 6  # of a tile
+SOURCE = """
+#include "softmax.h"
+using namespace instantas;
+template <class A>
+int run(int bits, Tile<A> tile, const Prompt<A>* prompts, int64_t count, const A* bias, const A* factor, A* mass) {
+  switch (bits) {
+    case 128: attend_128(tile, prompts, count, bias, factor, mass); return 1;
+#ifdef __x86_64__
+    case 256:
+      if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 0;
+      attend_256(tile, prompts, count, bias, factor, mass);
+      return 1;
+    case 512:
+      if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512dq")) return 0;
+      attend_512(tile, prompts, count, bias, factor, mass);
+      return 1;
+#endif
+  }
+  return 0;
+}
+#define ENTRY(NAME, A)                                                                                               \\
+  extern "C" int NAME(int bits, int64_t depth, double scale, const A* queries, A* results, A* logits, int64_t pitch, \\
+                      const A* keys, const A* values, int64_t tokens, const A* more_keys, const A* more_values,      \\
+                      int64_t more, const A* bias, const A* factor, A* mass) {                                       \\
+    const Prompt<A> prompts[] = {{keys, values, tokens}, {more_keys, more_values, more}};                            \\
+    return run<A>(bits, {depth, A(scale), queries, results, logits, pitch}, prompts, 2, bias, factor, mass);         \\
+  }
+ENTRY(in_float32, float)
+ENTRY(in_float64, double)
+"""
+
+
+@pytest.fixture(scope="module")
+def softmax(tmp_path_factory):
+    if shutil.which("g++") is None or not stamp.CHECKOUT:
+        pytest.skip("needs g++ and the sources")
+    folder = tmp_path_factory.mktemp("softmax")
+    (folder / "softmax.cpp").write_text(SOURCE)
+    command = ["g++", "-std=c++17", "-O2", "-shared", "-fPIC", f"-I{stamp.SOURCES}", "softmax.cpp", "-o", "softmax.so"]
+    subprocess.run(command, cwd=folder, check=True)
+    return ctypes.CDLL(folder / "softmax.so")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("bits", [128, 256, 512])
+def test_a_tile_attends_to_two_prompts_by_one_softmax(softmax, bits, dtype):
+    lanes, depth, scale = bits // 8 // dtype.itemsize, 21, 0.3
+    whole = lambda count: -(-count // lanes) * lanes  # noqa: E731
+    generator = torch.Generator().manual_seed(0)
+    normal = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)  # noqa: E731
+    pad = lambda matrix: torch.nn.functional.pad(matrix, (0, whole(matrix.shape[1]) - matrix.shape[1]))  # noqa: E731
+    query, keys, values = normal(ROWS, depth), [normal(t, depth) for t in (77, 5)], [normal(t, depth) for t in (77, 5)]
+    bias, factor, start = 3 * normal(2, ROWS), normal(ROWS).abs(), normal(ROWS, depth)
+    bias[1, 2], keys[0][0] = -200.0, keys[0][0] * 30  # probabilities below the normal numbers, and close to 1
+    results, mass = pad(start), normal(ROWS)
+    pitch = whole(77) + whole(5)
+    packed = [(pad(k.T.contiguous()), pad(v), len(k)) for k, v in zip(keys, values)]
+    arguments = [query, results, normal(ROWS, pitch), pitch, *packed[0], *packed[1], bias, factor, mass]
+    given = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, torch.Tensor) else ctypes.c_int64(a) for a in arguments]
+    run = getattr(softmax, f"in_{str(dtype)[6:]}")
+    if not run(bits, ctypes.c_int64(depth), ctypes.c_double(scale), *given):
+        pytest.skip("this processor has no such instructions")
+    query, bias, factor, start = (t.double() for t in (query, bias, factor, start))
+    logits = torch.cat([query @ k.double().T * scale + b[:, None] for k, b in zip(keys, bias)], 1)
+    right = start + factor[:, None] * (logits.softmax(1) @ torch.cat(values).double())
+    close = dict(rtol=30 * torch.finfo(dtype).eps, atol=30 * torch.finfo(dtype).eps)
+    torch.testing.assert_close(results[:, :depth].double(), right, **close)
+    torch.testing.assert_close(mass.double(), logits.logsumexp(1), **close)
