@@ -124,12 +124,15 @@ INSTANTAS_KERNEL void attend_tile(const Tile<A>& tile, const Prompt<A>* prompts,
     multiply<K>(tile.queries, tile.depth, prompts[i].keys, all, tile.logits + end, tile.pitch, tile.depth, false);
     for (int m = 0; m < TILE_ROWS; ++m) {
       A* logits = tile.logits + m * tile.pitch + end;
-      for (int64_t t = tokens; t < all; ++t) logits[t] = NOTHING;
       for (int64_t t = 0; t < all; t += K::LANES) {
         load(x, logits + t);
         x = x * tile.scale + bias[i * TILE_ROWS + m];
-        top[m] = x > top[m] ? x : top[m];
         store(logits + t, x);
+        if (t + K::LANES > tokens) {  // after the scale, which may be 0 or less
+          for (int64_t past = tokens; past < all; ++past) logits[past] = NOTHING;
+          load(x, logits + t);
+        }
+        top[m] = x > top[m] ? x : top[m];
       }
     }
     end += all;
@@ -138,6 +141,7 @@ INSTANTAS_KERNEL void attend_tile(const Tile<A>& tile, const Prompt<A>* prompts,
     A* logits = tile.logits + m * tile.pitch;
     A largest = NOTHING, sum = 0;
     for (int lane = 0; lane < K::LANES; ++lane) largest = top[m][lane] > largest ? top[m][lane] : largest;
+    if (mass && largest == NOTHING) largest = 0;  // jointly, logits that are all -inf have no say
     Vector sums{};
     for (int64_t t = 0; t < end; t += K::LANES) {
       load(x, logits + t);
@@ -147,6 +151,7 @@ INSTANTAS_KERNEL void attend_tile(const Tile<A>& tile, const Prompt<A>* prompts,
       store(logits + t, x);
     }
     for (int lane = 0; lane < K::LANES; ++lane) sum += sums[lane];
+    if (mass && sum == 0) sum = 1;
     if (mass) mass[m] = largest + std::log(sum);
     const A share = factor[m] / sum;
     for (int64_t t = 0; t < end; t += K::LANES) {

@@ -141,6 +141,26 @@ def test_large_logits_and_tiny_weights(backend, mode):
 
 
 @pytest.mark.parametrize("mode", ["blend", "joint"])
+@pytest.mark.parametrize("scale", [0.0, -0.3, 1e-50])
+def test_a_scale_of_zero_or_less(backend, scale, mode):
+    """What fills up the last vector of a prompt's tokens has no say, whatever it is multiplied by."""
+    arguments = [*attention_inputs(2, 7, 1, 8, 2, 9, 2), region_weights(2, 2, 7)]
+    call = partial(ops.regional_attention, mode=mode, scale=scale)
+    judge(backend, call, arguments, torch.float32, gradients=3, attention=True)
+
+
+@HOST
+def test_logits_that_are_all_minus_infinity(host):
+    """Jointly they give zeros, by the formula with its peak left out; each prompt's own softmax is 0 / 0."""
+    arguments = [torch.ones(1, 5, 1, 2).double(), *[normal(2, 9, 1, 2) for _ in range(2)]]
+    arguments[1][0] = -math.inf
+    arguments += [torch.tensor([[0, 1]], dtype=torch.int32), torch.tensor([[[1.0] * 5, [0.0] * 5]])]
+    for mode, right in (("joint", 0.0), ("blend", math.nan)):
+        (out,) = run(host, partial(ops.regional_attention, mode=mode), arguments, torch.float32)
+        torch.testing.assert_close(out, torch.full_like(out, right), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("mode", ["blend", "joint"])
 def test_a_weight_too_small_to_count_beside_another(backend, mode):
     """It is 0 relative to the other, whatever its prompt has to say."""
     query, key, value, ids = attention_inputs(1, 20, 1, 8, 2, 9, 2)
