@@ -39,11 +39,13 @@ def regional_attention_backward(
         for prompt, share in regions.shares.items():
             share, k, v = share[rows], _by_head(key[prompt]), _by_head(value[prompt])
             for some in _spans(share > 0):
-                q, g = _by_head(queries[some]), _by_head(grads[some] * share[some, None, None])
+                part = share[some, None]
+                q, g = _by_head(queries[some]), _by_head(grads[some] if joint else grads[some] * part[..., None])
                 logits = _logits(queries[some], key[prompt], scale)
                 if joint:
-                    # the prompts share one softmax: what a logit gains is relative to the result of all of them
-                    probabilities = logits.sub_(mass[some].T[..., None]).exp_()
+                    # the prompts share one softmax: what a logit gains is relative to the result of all of them; with
+                    # the share's logarithm it is at most 0, where e^logit by itself might be infinite
+                    probabilities = logits.add_((part.log() - mass[some]).T[..., None]).exp_()
                     mean = (_by_head(joined[some]) * g).sum(-1, keepdim=True)
                     of_logits = probabilities * torch.bmm(g, v.mT).sub_(mean)
                 else:

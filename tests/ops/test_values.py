@@ -160,6 +160,20 @@ def test_logits_that_are_all_minus_infinity(host):
         torch.testing.assert_close(out, torch.full_like(out, right), rtol=0, atol=0, equal_nan=True)
 
 
+@HOST
+@pytest.mark.parametrize("weight, logit, factor", [(1e-36, 83.0, 1e-8), (1e-42, 96.0, 1.0)])
+def test_a_tiny_weight_that_a_large_logit_outweighs(host, weight, logit, factor):
+    """The two prompts count about alike; in the derivative too, which takes neither weight nor e^logit by itself."""
+    query, value = torch.ones(1, 5, 1, 1).double(), normal(2, 9, 1, 1)
+    key = torch.tensor([0.0, logit]).double()[:, None, None, None].expand(2, 9, 1, 1)
+    weights = torch.tensor([1.0, weight])[:, None].expand(1, 2, 5)
+    call = lambda *a: factor * ops.regional_attention(*a, mode="joint", scale=1.0)  # noqa: E731
+    arguments = [query, key, value, torch.tensor([[0, 1]], dtype=torch.int32), weights]
+    found = run(host, call, arguments, torch.float32, gradients=3)
+    for got, exact in zip(found, run("reference", call, arguments, torch.float64, gradients=3)):
+        torch.testing.assert_close(got.double(), exact, rtol=0, atol=1e-2 * exact.abs().max().item())
+
+
 @pytest.mark.parametrize("mode", ["blend", "joint"])
 def test_a_weight_too_small_to_count_beside_another(backend, mode):
     """It is 0 relative to the other, whatever its prompt has to say."""
