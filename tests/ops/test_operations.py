@@ -117,6 +117,16 @@ def test_scatter_undoes_gather(backend, plan):
     torch.testing.assert_close(out.double(), canvas, rtol=1e-6, atol=1e-6)
 
 
+def test_windows_that_share_no_cell_in_any_order(backend):
+    """Rows of windows that begin anywhere on axes that wrap, shuffled: each cell is its window's, bit for bit."""
+    origins = np.array([(2 + 3 * i, first + 4 * j) for i, first in enumerate((7, 1, 10, 3)) for j in range(3)])
+    shuffled = origins[np.random.default_rng(0).permutation(len(origins))]
+    plan, canvas = WindowPlan(12, 12, (3, 4), shuffled, wrap=(True, True)), normal(2, 3, 12, 12)
+    assert (plan.coverage() == 1).all()
+    (out,) = run(backend, lambda x: ops.scatter_windows(ops.gather_windows(x, plan), plan), [canvas], torch.float32)
+    assert torch.equal(out, canvas.float())
+
+
 def test_scatter_is_the_adjoint_of_gather(backend, plan):
     """<gather x, y> = <x, gather* y>, where gather* comes from autograd."""
     x, y = normal(1, 2, plan.height, plan.width), normal(1, plan.count, 2, *plan.window, seed=1)

@@ -55,8 +55,9 @@ def softmax(tmp_path_factory):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("bits", [128, 256, 512])
-def test_a_tile_attends_to_two_prompts_by_one_softmax(softmax, bits, dtype):
-    lanes, depth, scale = bits // 8 // dtype.itemsize, 21, 0.3
+@pytest.mark.parametrize("scale", [0.3, 0.0, -0.3])
+def test_a_tile_attends_to_two_prompts_by_one_softmax(softmax, scale, bits, dtype):
+    lanes, depth = bits // 8 // dtype.itemsize, 21
     whole = lambda count: -(-count // lanes) * lanes  # noqa: E731
     generator = torch.Generator().manual_seed(0)
     normal = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)  # noqa: E731
