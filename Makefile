@@ -18,7 +18,7 @@ $(STAMP): pyproject.toml setup.py constraints.txt instantas/ops/schemas.py insta
 
 demo: $(STAMP)
 	mkdir -p out
-	$(BIN)/instantas generate "sea at dusk" --size 640x256 --start coarse --seed 2 --region "lighthouse by the sea at dusk@0.6,0,1,1" -o out/demo.png --force
+	$(BIN)/instantas generate "sea at dusk" --size 640x256 --seed 2 --region "lighthouse by the sea at dusk@0.6,0,1,1" -o out/demo.png --force
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -q

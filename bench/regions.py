@@ -121,6 +121,7 @@ def paint(pipe, scene, method, seed, path) -> None:
         regions=regions,
         method=method,
         stride=STRIDE if method == "multidiffusion" else None,
+        start="none",
         window_batch_size=16,
         generator=torch.Generator().manual_seed(seed),
     ).images[0]

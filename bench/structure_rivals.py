@@ -95,7 +95,7 @@ def anchored(pipe: Any, prompt: str, generators: Generators, height: int, width:
     window = pipe.plan(height, width).window
     pipe(prompt, latents=carry(noise, window, (False, False)), bridging=kept, **many)
     bridges = Joined((Shift(), Anchor(kept.predictions)))
-    return pipe(prompt, latents=noise, height=height, width=width, bridging=bridges, **many)
+    return pipe(prompt, latents=noise, height=height, width=width, bridging=bridges, start="none", **many)
 
 
 def refined(pipe: Any, prompt: str, generators: Generators, height: int, width: int, **settings: Any) -> Any:

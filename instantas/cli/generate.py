@@ -100,9 +100,8 @@ STRENGTH = 0.8  # as in diffusers' img2img
 @click.option(
     "--start",
     type=click.Choice(list(STARTS)),
-    default="none",
-    show_default=True,
-    help="coarse: begin on a smaller canvas, for one scene in place of many and fewer evaluations.",
+    help="coarse: begin on a smaller canvas, for one scene in place of many and fewer evaluations; by default the "
+    "model's own (coarse of the one that comes along) where it is possible, else none.",
 )
 @click.option(
     "--coarse-sigma",
@@ -179,12 +178,10 @@ def generate(
     if options["guidance"] is not None:
         real("guidance", options["guidance"])
     check_interval(options["guidance_interval"])
-    if options["start"] == "none":
-        if is_given(context, "coarse_sigma"):
-            raise ValueError(f"coarse_sigma: expected none without --start coarse, got {options['coarse_sigma']}")
-        options["coarse_sigma"] = None
     if options["coarse_sigma"] is not None:
         real("coarse_sigma", options["coarse_sigma"], 0, above=True)
+    taken = {name: options[name] for name in ("start", "coarse_sigma") if not is_given(context, name)}
+    options |= dict.fromkeys(taken)
     source = read_picture(image, "image") if image else None
     for name, given in (("mask", mask), ("extend", extend)):
         if given and source is None:
@@ -215,6 +212,7 @@ def generate(
     inputs = dict(
         regions=regions, notes=notes, image=image, source=source, hints=hints, mask=mask, masked=masked, extend=extend
     )
+    inputs["taken"] = {name: value for name, value in taken.items() if value is not None}
     with processes() as ranks:
         _paint(prompt, size, output, force, preview, kept, ranks, **inputs, **options)
 
@@ -236,6 +234,7 @@ def _paint(
     mask,
     masked,
     extend,
+    taken,
     model,
     steps,
     seed,
@@ -253,20 +252,36 @@ def _paint(
     device,
     **settings,
 ):
+    from instantas.pipelines.starts import smaller_start
+
     if source is None and strength is not None:
         raise ValueError(f"strength: expected none without --image, got {strength}")
-    if start != "none" and (source is not None or settings["method"] != "instantas"):
+    if start == "coarse" and (source is not None or settings["method"] != "instantas"):
         raise ValueError(f"start: expected none with --image or --method multidiffusion, got {start}")
     if model is None:
         check_words([prompt, *(region.prompt for region in regions)], negative)
     pipe = load(model, scheduler, dtype, device, loras, controls)
-    level = pipe.defaults.get("coarse_sigma") if coarse_sigma is None else coarse_sigma
-    chosen = coarse.start_of(start, level)
     (width, height), wrap, method, bridging = size, settings["wrap"], settings["method"], settings["bridging"]
     if bridging is None:
         bridging = DEFAULT if method == "instantas" else "none"
+    banded = in_bands(pipe, output, width, height) and not (mask or extend)  # these paste the source, into the whole
+    memory = Memory.of(pipe, height, width, wrap, method, banded)
+    memory.check(pipe.device, f"{width}x{height}")
+    steps = pipe.defaults["num_inference_steps"] if steps is None else steps
+    plan = pipe.plan(height, width, wrap=wrap, method=method)
+    set_timesteps(pipe.scheduler, steps, None, pipe.device)
+    own = pipe.defaults | taken | ({} if coarse_sigma is None else {"coarse_sigma": coarse_sigma})
+    try:
+        wished = start or taken.get("start", "default")
+        chosen = smaller_start(wished, own, method, source, plan, pipe.scheduler)
+    except ValueError:
+        if start or "start" not in taken:
+            raise
+        chosen = None  # the picture's start gives way to what is typed
+    if chosen is None and coarse_sigma is not None:
+        raise ValueError(f"coarse_sigma: expected none without a coarse start, got {coarse_sigma}")
     settings = settings | dict(
-        num_inference_steps=pipe.defaults["num_inference_steps"] if steps is None else steps,
+        num_inference_steps=steps,
         guidance_scale=pipe.defaults["guidance_scale"] if guidance is None else guidance,
         negative_prompt=negative,
         strength=(1.0 if mask or extend else STRENGTH) if source is not None and strength is None else strength,
@@ -274,22 +289,19 @@ def _paint(
         window_batch_size=window_batch,
         start=chosen,
     )
-    banded = in_bands(pipe, output, width, height) and not (mask or extend)  # these paste the source, into the whole
-    memory = Memory.of(pipe, height, width, wrap, method, banded)
-    memory.check(pipe.device, f"{width}x{height}")
     leads = ranks is None or ranks.rank == 0
     if preview and leads:
         shares = {name: settings[name] for name in ("wrap", "base_weight", "semantic_schedule")}
         drawn = RegionMap(regions, height, width, pipe.cell, pipe.canvas(height, width), **shares)
-        drawn.preview(preview, pipe.plan(height, width, wrap=wrap, method=method))
+        drawn.preview(preview, plan)
         click.echo(f"{preview}: layout")
     painted = None if source is None else _painted(pipe, size, source, masked, extend)
-    evaluations = _evaluations(pipe, size, settings, len(regions), painted, measured=level is not None)
+    evaluations = _evaluations(pipe, plan, settings, len(regions), painted, measured="coarse_sigma" in own)
     click.echo(f"{evaluations}, memory: {memory}")
     seed = random.SystemRandom().randrange(2**32) if seed is None else seed
     generator = torch.Generator("cpu").manual_seed(seed)
     noted = settings | {
-        "start": start,
+        "start": "none" if chosen is None else "coarse",
         "coarse_sigma": None if chosen is None else chosen.sigma,
         "regions": notes,
         "image": str(image.resolve()) if image else None,
@@ -335,12 +347,10 @@ def _painted(pipe, size, source, masked, extend):
     return read_masks(pipe.pipe, given, own, (height, width), canvas, 1)[0, 0, :: pipe.cell, :: pipe.cell].cpu()
 
 
-def _evaluations(pipe, size, settings, regions, painted, measured):
+def _evaluations(pipe, plan, settings, regions, painted, measured):
     """Windows, and how often the network is evaluated on one: the progress bar tells the time that is left of them."""
     from instantas.pipelines.starts import first_timestep
 
-    set_timesteps(pipe.scheduler, settings["num_inference_steps"], None, pipe.device)
-    plan = pipe.plan(size[1], size[0], wrap=settings["wrap"], method=settings["method"])
     begin = 0 if settings["strength"] is None else first_timestep(pipe.scheduler, settings["strength"])
     start = settings["start"]
     runs = coarse.legs(start, plan, pipe.scheduler)

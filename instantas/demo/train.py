@@ -34,8 +34,9 @@ OF_MATERIAL, OF_SUBJECT = 60, 180
 SCALES = 2, 2, 3
 """How much larger than a native window scenes are drawn, in turn: parts of them are what a large canvas shows."""
 
-DEFAULTS = {"num_inference_steps": 25, "guidance_scale": 2.5}
-"""The settings that suit the model, written into `instantas.json`."""
+DEFAULTS = {"num_inference_steps": 25, "guidance_scale": 2.5, "start": "coarse", "coarse_sigma": 1.5}
+"""The settings that suit the model, written into `instantas.json`; the level is that of its best pictures
+(docs/structure.md)."""
 
 
 @contextlib.contextmanager

@@ -31,7 +31,7 @@ from instantas.pipelines.control import control, picture_size
 from instantas.pipelines.denoiser import WindowDenoiser
 from instantas.pipelines.entry import module_of
 from instantas.pipelines.multidiffusion import RegionDenoiser, plain_colours, region_prompts
-from instantas.pipelines.starts import Source, Start, first_timestep, roles, steps_before
+from instantas.pipelines.starts import Source, Start, first_timestep, roles, smaller_start, steps_before
 from instantas.pipelines.tasks import Tasks
 from instantas.pipelines.turns import host_tensors, turn
 from instantas.regions import RegionMap, check_blend, region_lists
@@ -57,7 +57,7 @@ class InstantASPipeline(Tasks):
         pipe: a diffusers pipeline of one of `arguments.PIPELINES`. Its UNet, autoencoder and scheduler may be missing
             until it is called.
         defaults: values of `num_inference_steps` and `guidance_scale` that suit the model, by default diffusers', and
-            of `coarse_sigma`, where it was measured (`calibration.calibrate`).
+            of `coarse_sigma`, where it was measured (`calibration.calibrate`); of `start`, "none" without.
 
     Raises:
         TypeError: for another kind of pipeline.
@@ -96,7 +96,7 @@ class InstantASPipeline(Tasks):
         base_weight: float = 0.0,
         semantic_schedule: str = "constant",
         bridging: Any = "default",
-        start: Any = "none",
+        start: Any = "default",
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         wrap: tuple[bool, bool] = (False, False),
         window_batch_size: int | None = None,
@@ -154,7 +154,9 @@ class InstantASPipeline(Tasks):
                 windows see the whole, and go on from its enlarged latents: one scene, for fewer evaluations. Its noise
                 level is the object's, else the model's own (`coarse_sigma` in `instantas.json`), else `coarse.SIGMA`.
                 Regions, their masks and control pictures are made smaller; callbacks are given the latents of the
-                canvas at hand. "none" or None: every step on the whole canvas.
+                canvas at hand. "none" or None: every step on the whole canvas. "default": the model's own (`start` in
+                `instantas.json`) where that is possible (not from a picture, by the fewest windows, with a scheduler
+                of known levels) and saves evaluations (not in a step or two), else "none".
             guidance_interval: (start, end), fractions of the run outside of which the UNet is evaluated with the prompt
                 alone, as with a callback that sets the guidance scale to 1.
             wrap: (vertical, horizontal), whether opposite edges join. Such a side must be whole cells.
@@ -207,10 +209,6 @@ class InstantASPipeline(Tasks):
             plan = self.plan(height, width, wrap=wrap, method=method, stride=stride)
             size, whole_cells = (height, width), (plan.height * self.cell, plan.width * self.cell)
             bridging = None if bridging == "default" and method == "multidiffusion" else bridge(bridging)
-            smaller = coarse.start_of(start, self.defaults.get("coarse_sigma"))
-            if smaller is not None and (method == "multidiffusion" or image is not None):
-                other = "multidiffusion" if image is None else "a picture to start from"
-                raise ValueError(f'start: expected "none" with {other}, got {start!r}')
             if timesteps is None and sigmas is None:
                 num_inference_steps = self._default("num_inference_steps", num_inference_steps)
             guidance_scale = self._default("guidance_scale", guidance_scale)
@@ -251,6 +249,7 @@ class InstantASPipeline(Tasks):
             end = steps_before(pipe.scheduler, denoising_end)
             if begin is not None and end <= begin:
                 raise ValueError(f"denoising_end: expected after where strength begins, got {denoising_end}")
+            smaller = smaller_start(start, self.defaults, method, image, plan, pipe.scheduler, end)
             legs = coarse.legs(smaller, plan, pipe.scheduler, end)
             if begin is not None:
                 legs = [legs[0]._replace(begin=begin)]

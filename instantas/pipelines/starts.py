@@ -1,9 +1,10 @@
-"""Where a run begins: with noise, from a picture (img2img, SDEdit), and inside of a mask (inpainting)."""
+"""Where a run begins: with noise, on a smaller canvas, from a picture (img2img, SDEdit), in a mask (inpainting)."""
 
 from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,9 @@ from instantas.pipelines import codec
 from instantas.pipelines.arguments import check_latents, is_told, is_xl
 from instantas.pipelines.control import picture_size
 from instantas.pipelines.pictures import read_masks, read_pictures, upright
+from instantas.sampling import coarse
 from instantas.sampling.known import Known
+from instantas.windows import WindowPlan
 
 
 def roles(
@@ -46,6 +49,41 @@ def roles(
         wanted = "None, as the pipeline has no ControlNet" if net is None else "a picture for the pipeline's ControlNet"
         raise ValueError(f"control_image: expected {wanted}, got {type(control_image).__name__}")
     return upright(image), upright(mask_image), upright(control_image), real("strength", strength, 0, 1)
+
+
+def smaller_start(
+    start: Any,
+    own: Mapping[str, Any],
+    method: str,
+    image: Any,
+    plan: WindowPlan,
+    scheduler: Any,
+    end: int | None = None,
+) -> coarse.CoarseStart | None:
+    """The start on a smaller canvas of a name; None: there is none.
+
+    Args:
+        start: as the pipeline takes it. "default": what the model's own `start` says, if it is possible and a smaller
+            canvas saves evaluations.
+        own: the model's defaults, with its `coarse_sigma` where that was measured.
+        scheduler: with its timesteps set, of which `end` are taken; None: all.
+
+    Raises:
+        TypeError, ValueError: for an unknown start, and for one that is asked for and not possible.
+    """
+    other = "multidiffusion" if method == "multidiffusion" else None if image is None else "a picture to start from"
+    by_default = isinstance(start, str) and start == "default"
+    found = coarse.start_of(own.get("start") if by_default else start, own.get("coarse_sigma"))
+    try:
+        if found is not None and other:
+            raise ValueError(f'start: expected "none" with {other}, got {start!r}')
+        runs = coarse.legs(found, plan, scheduler, end)
+    except ValueError:
+        if not by_default:
+            raise
+        return None
+    windows, steps = sum(run.steps * run.plan.count for run in runs), coarse.Leg(plan, scheduler, None, end).steps
+    return None if by_default and len(runs) > 1 and windows >= steps * plan.count else found
 
 
 def first_timestep(scheduler: Any, strength: float) -> int:

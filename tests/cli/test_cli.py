@@ -362,7 +362,7 @@ def test_preview_is_drawn_before_the_picture_is_painted(monkeypatch, refused):
         (("--guidance-interval", "0", "nan"), "guidance_interval: expected 0 to 1, got nan"),
         (("--start", "coarse", "--method", "multidiffusion"), "start: expected none with --image or --method"),
         (("--start", "coarse", "--coarse-sigma", "0"), "coarse_sigma: expected more than 0, got 0"),
-        (("--coarse-sigma", "1.2"), "coarse_sigma: expected none without --start coarse, got 1.2"),
+        (("--start", "none", "--coarse-sigma", "1.2"), "coarse_sigma: expected none without a coarse start, got 1.2"),
         (("--device", "meta"), "expected a device that computes, got 'meta'"),
         (("--device", "x" * 500), "expected a device that this machine has, got 'xxx"),
         (("--preview", "instantas.png"), "preview: expected a file of its own, got 'instantas.png'"),

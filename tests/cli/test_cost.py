@@ -99,9 +99,11 @@ def test_what_a_run_needs_is_said_before_it_starts(capsys, monkeypatch):
         ),
         (("--size", "256x128", "--bridging", "none", "--scheduler", "heun"), "windows: 2, evaluations: 6 in 3 steps"),
         (
-            ("--size", "256x256", "--start", "coarse", "--steps", "25"),
-            "windows: 4, evaluations: 62 in 23 steps, 10 of them on 16x16 cells",
+            ("--size", "256x256", "--steps", "25"),
+            "windows: 4, evaluations: 62 in 23 steps, 10 of them on 16x16 cells, then from sigma 1.5, memory",
         ),
+        (("--size", "256x256", "--steps", "25", "--start", "none"), "windows: 4, evaluations: 100 in 25 steps"),
+        (("--size", "256x256", "--steps", "25", "--scheduler", "pndm"), "windows: 4, evaluations: 136 in 34 steps"),
         (("--size", "256x128", "--method", "multidiffusion"), "windows: 9, evaluations: 18 in 2 steps"),
         (
             ("--size", "128x128", "--method", "multidiffusion", "--region", "lava@0,0,1,0.5"),

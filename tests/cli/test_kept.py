@@ -73,7 +73,7 @@ def stopped(refused, monkeypatch):
 
 @pytest.mark.parametrize("error", [*NO_MEMORY, KeyboardInterrupt(), OSError(5, "Input/output error")])
 def test_what_stops_a_run_leaves_one_that_goes_on(stopped, capsys, error):
-    arguments = "--size", "136x200", "--steps", "3", "--wrap", "y"
+    arguments = "--size", "136x200", "--steps", "3", "--wrap", "y", "--start", "none"
     main(command(*arguments, "-o", "whole.png"))
     line, resume = stopped(2, raising(error), *command(*arguments, "-o", "a.png"))
     assert (error in NO_MEMORY) == line.startswith("instantas: out of memory: ")

@@ -21,6 +21,8 @@ SETTINGS = {  # every one that a run may have, none of them the default
     "multidiffusion": ("--size", "136x64", "--method", "multidiffusion", "--region", "snow@0,0,9,9"),
 }
 
+MULTIDIFFUSION = {"method": "multidiffusion", "start": "none", "coarse_sigma": None}  # what goes with the method
+
 
 def generate(*arguments):
     main(["generate", *arguments, "--device", "cpu"])
@@ -64,8 +66,8 @@ def test_from_every_format(ending):
         (["--steps", "2", "--guidance", "7"], {"num_inference_steps": 2, "guidance_scale": 7.0}),
         (["--negative", "sand", "--wrap", "y"], {"negative_prompt": "sand", "wrap": [True, False]}),
         (["--scheduler", "ddpm"], {"scheduler": "ddpm", "scheduler_class": "DDPMScheduler"}),
-        (["--method", "multidiffusion"], {"method": "multidiffusion", "bridging": "none"}),
-        (["--method", "multidiffusion", "--bridging", "shift"], {"method": "multidiffusion", "bridging": "shift"}),
+        (["--method", "multidiffusion"], {"bridging": "none", **MULTIDIFFUSION}),
+        (["--method", "multidiffusion", "--bridging", "shift"], {"bridging": "shift", **MULTIDIFFUSION}),
     ],
 )
 def test_what_is_given_is_taken_in_place(asked, changed):
@@ -201,3 +203,20 @@ def test_a_seed_that_was_not_given_is_taken_over():
     paint("-o", "a.png")
     generate("--like", "a.png", "-o", "b.jpg")
     assert settings("a.png")["seed"] == settings("b.jpg")["seed"]
+
+
+def test_a_coarse_start_gives_way_to_what_is_asked_for(refused):
+    """A picture's own does, where the two do not go together; one that is typed is an error."""
+    size = ("--size", "256x256", "--steps", "6")
+    generate("lava", *size, "-o", "a.png")
+    Image.new("RGB", (256, 256), "red").save("red.png")
+    for number, asked in enumerate((("--scheduler", "pndm"), ("--image", "red.png"), ("--method", "multidiffusion"))):
+        few = ("--size", "136x136", "--steps", "1") if "multidiffusion" in asked else ()
+        generate("--like", "a.png", *asked, *few, "-o", f"{number}.png")
+        assert settings(f"{number}.png")["start"] == "none"
+        assert "start: expected" in refused("generate", "lava", *size, *asked, "--start", "coarse", "-o", "b.png")
+    generate("--like", "a.png", "--size", "128x128", "-o", "native.png")
+    generate("--like", "native.png", "--size", "256x256", "-o", "again.png")
+    noted = [settings(name) for name in ("a.png", "native.png", "again.png")]
+    assert [(n["start"], n["coarse_sigma"]) for n in noted] == [("coarse", 1.5)] * 3
+    assert Image.open("again.png").tobytes() == Image.open("a.png").tobytes()

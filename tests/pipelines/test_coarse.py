@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionControlNetPipeline
+from diffusers import PNDMScheduler, StableDiffusionControlNetPipeline
 from PIL import Image
 
 from instantas.pipelines.pipeline import InstantASPipeline
@@ -139,3 +139,38 @@ def test_what_does_not_go_together_is_refused(pipe, monkeypatch, settings, kind,
     monkeypatch.setattr(pipe.unet, "forward", lambda *a, **k: pytest.fail("the network was evaluated"))
     with pytest.raises(kind, match=message):
         paint(pipe, **settings)
+
+
+@pytest.mark.parametrize(
+    "settings, begins",
+    [
+        (dict(), "coarse"),
+        (dict(start="none"), "none"),
+        (dict(method="multidiffusion", stride=8, num_inference_steps=1), "none"),
+        (dict(num_inference_steps=2), "none"),  # it would take as many evaluations
+        (dict(denoising_end=0.4), "none"),
+        (dict(image=Image.new("RGB", (2 * NATIVE, 2 * NATIVE)), strength=0.5), "none"),
+        (dict(width=NATIVE), "none"),
+    ],
+    ids=str,
+)
+def test_the_models_own_start_is_the_default_where_it_is_possible_and_saves_evaluations(pipe, settings, begins):
+    own = InstantASPipeline(pipe.pipe, {"start": "coarse"})
+    found = paint(own, **dict(start="default", num_inference_steps=10) | settings)
+    assert torch.equal(found, paint(own, **dict(num_inference_steps=10) | settings | dict(start=begins)))
+
+
+def test_a_scheduler_that_cannot_begin_late_has_no_coarse_start_by_default(pipe):
+    theirs = tiny.tiny_pipeline()
+    theirs.scheduler = PNDMScheduler.from_config(theirs.scheduler.config)
+    own = InstantASPipeline(theirs, {"start": "coarse"})
+    few = dict(num_inference_steps=10)
+    assert torch.equal(paint(own, start="default", **few), paint(own, start="none", **few))
+    with pytest.raises(ValueError, match="start: expected a scheduler whose steps can begin at any timestep"):
+        paint(own, **few)
+
+
+def test_a_model_without_a_start_of_its_own_has_none(pipe):
+    assert torch.equal(paint(pipe, start="default"), paint(pipe, start="none"))
+    with pytest.raises(ValueError, match="start: expected one of none, coarse, got 'fine'"):
+        paint(InstantASPipeline(pipe.pipe, {"start": "fine"}), start="default")
