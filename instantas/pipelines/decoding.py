@@ -90,7 +90,7 @@ class Decoding(HeldPipeline):
             raise ValueError(f"latents: expected (pictures, C, {rows}, {columns}), got {tuple(latents.shape)}")
         return height, width, wrap
 
-    def _decoded(self, latents, size, wrap, output_type, generator, tiles="auto", source=None, group=None):
+    def _decoded(self, latents, size, wrap, output_type, generator, tiles="auto", source=None, blend=0, group=None):
         """(pictures, whether each was found unsafe or None)"""
         pipe = self.pipe
         if output_type == "latent":
@@ -103,7 +103,7 @@ class Decoding(HeldPipeline):
             images = pipe.watermark.apply_watermark(images)
         safe = [True] * len(images) if flagged is None else [not unsafe for unsafe in flagged]
         images = pipe.image_processor.postprocess(images, output_type="pt", do_denormalize=safe)
-        return shown(images if source is None else source.pasted(images), output_type), flagged
+        return shown(images if source is None else source.pasted(images, blend, wrap), output_type), flagged
 
     def _output(self, images, flagged, return_dict):
         if is_xl(self.pipe):

@@ -12,7 +12,7 @@ import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.utils import logging
 
-from instantas.checks import real
+from instantas.checks import integer, real
 from instantas.pipelines.arguments import (
     check_callback,
     check_choices,
@@ -105,6 +105,7 @@ class InstantASPipeline(Tasks):
         stride: int | tuple[int, int] | None = None,
         image: Any = None,
         mask_image: Any = None,
+        blend: int = 16,
         strength: float | None = None,
         control_image: Any = None,
         controlnet_conditioning_scale: float | list[float] | None = None,
@@ -174,6 +175,7 @@ class InstantASPipeline(Tasks):
                 Pixels outside of the mask are the picture's own, bit for bit, and windows that hold no painted cell, of
                 any picture of the batch, are never evaluated. An empty mask evaluates nothing and gives the picture
                 back; a full one keeps nothing.
+            blend: pixels inside of the mask, from its edge on, that are drawn to the colours there (`joining.joined`).
             controlnet_conditioning_scale: by default the one of the held pipeline's kind.
             strength: the part of the steps that is taken, from `image` with the noise of the first of them, 0 to 1 as
                 in diffusers' img2img; with a mask, 1 begins with pure noise. None: of the held pipeline's kind; of a
@@ -213,6 +215,7 @@ class InstantASPipeline(Tasks):
                 num_inference_steps = self._default("num_inference_steps", num_inference_steps)
             guidance_scale = self._default("guidance_scale", guidance_scale)
             real("guidance_scale", guidance_scale)
+            integer("blend", blend, 0)
             check_choices(output_type, region_mode, num_images_per_prompt, cross_attention_kwargs)
             if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
                 callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
@@ -356,7 +359,9 @@ class InstantASPipeline(Tasks):
                     group=group,
                 )
             result = result if step_end.denoised is None else step_end.denoised
-            images, flagged = self._decoded(result, size, wrap, output_type, generator, source=source, group=group)
+            images, flagged = self._decoded(
+                result, size, wrap, output_type, generator, source=source, blend=blend, group=group
+            )
             pipe.maybe_free_model_hooks()
         return self._output(images, flagged, return_dict)
 

@@ -16,6 +16,7 @@ from instantas.checks import real
 from instantas.pipelines import codec
 from instantas.pipelines.arguments import check_latents, is_told, is_xl
 from instantas.pipelines.control import picture_size
+from instantas.pipelines.joining import joined
 from instantas.pipelines.pictures import read_masks, read_pictures, upright
 from instantas.sampling import coarse
 from instantas.sampling.known import Known
@@ -164,13 +165,14 @@ class Source:
             )
         return cls(pictures, mask)
 
-    def pasted(self, images: torch.Tensor) -> torch.Tensor:
-        """Pictures (B, 3, height, width) in 0..1 that were painted, outside of the mask the source's own pixels."""
+    def pasted(self, images: torch.Tensor, blend: int, wrap: tuple[bool, bool]) -> torch.Tensor:
+        """Pictures (B, 3, height, width) in 0..1 that were painted, outside of the mask the source's own pixels
+        (`joining.joined`)."""
         if self.mask is None:
             return images
         height, width = images.shape[-2:]
         mask, source = (_each(t[..., :height, :width], len(images)) for t in (self.mask, self.pictures))
-        return torch.where(mask, images.float(), source)
+        return joined(images.float(), source, mask, blend, wrap)
 
 
 @dataclass(frozen=True, eq=False)
