@@ -152,7 +152,7 @@ def test_what_does_not_go_together_is_refused(pipe, monkeypatch, settings, kind,
         (dict(image=Image.new("RGB", (2 * NATIVE, 2 * NATIVE)), strength=0.5), "none"),
         (dict(width=NATIVE), "none"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else ", ".join(value) or "all",
 )
 def test_the_models_own_start_is_the_default_where_it_is_possible_and_saves_evaluations(pipe, settings, begins):
     own = InstantASPipeline(pipe.pipe, {"start": "coarse"})
