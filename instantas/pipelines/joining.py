@@ -21,6 +21,26 @@ def joined(
         blend: pixels, along the farther of both axes; 0: none is moved.
         wrap: (vertical, horizontal), whether opposite edges join.
     """
+    if len(new) > 1:
+        each = zip(images.split(1), pictures.split(1), new.split(1))
+        return torch.cat([joined(*one, blend, wrap) for one in each])
+    if not new.any():
+        return pictures
+    spans = [_span(new[0, 0].any(axis), wraps) for axis, wraps in zip((1, 0), wrap)]
+    place, result = (..., *spans), pictures.clone()
+    goes_round = [span == slice(None) and wraps for span, wraps in zip(spans, wrap)]
+    result[place] = _joined(images[place], pictures[place], new[place], blend, goes_round)
+    return result
+
+
+def _span(new, wraps):
+    """The part of an axis that holds what is new, and the pixels beside it; where that goes round, the whole axis."""
+    numbers = new.nonzero()[:, 0]
+    begin, end = int(numbers[0]) - 1, int(numbers[-1]) + 2
+    return slice(None) if wraps and not 0 <= begin < end <= len(new) else slice(max(begin, 0), end)
+
+
+def _joined(images, pictures, new, blend, wrap):
     rows, columns = images.shape[-2:]
     painted = new.to(images)
     moved = (pictures - images) * (1 - painted)
@@ -36,8 +56,8 @@ def joined(
 
 
 def _spread(values, known):
-    """Values (B, C, H, W) that go on smoothly from where known, (B or 1, 1, H, W), is 1 to where it is 0."""
-    if all(one.all() or not one.any() for one in known):
+    """Values (B, C, H, W) that go on smoothly from where known, (1, 1, H, W), is 1 to where it is 0."""
+    if known.all() or not known.any():
         return values
     weight = F.avg_pool2d(known, 2, ceil_mode=True)
     coarse = F.avg_pool2d(values * known, 2, ceil_mode=True) / weight.clamp(min=1e-6)
