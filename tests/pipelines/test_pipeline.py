@@ -255,7 +255,7 @@ def test_components_are_those_of_the_diffusers_pipeline():
 
 def test_the_embedded_model_brings_its_defaults():
     ours = InstantASPipeline.from_pretrained(demo.folder())
-    assert ours.defaults == {"num_inference_steps": 25, "guidance_scale": 2.5}
+    assert ours.defaults == {"num_inference_steps": 25, "guidance_scale": 2.5, "start": "coarse", "coarse_sigma": 1.5}
     assert ours.window == (16, 16) and ours.cell == 8
     assert isinstance(ours.pipe, StableDiffusionPipeline)
     assert InstantASPipeline(ours.pipe).defaults == {"num_inference_steps": 50, "guidance_scale": 7.5}
