@@ -273,7 +273,7 @@ def _paint(
     own = pipe.defaults | taken | ({} if coarse_sigma is None else {"coarse_sigma": coarse_sigma})
     try:
         wished = start or taken.get("start", "default")
-        chosen = smaller_start(wished, own, method, source, plan, pipe.scheduler)
+        chosen = smaller_start(wished, own, method, source, plan, pipe.scheduler, bridging)
     except ValueError:
         if start or "start" not in taken:
             raise

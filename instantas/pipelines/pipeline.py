@@ -252,7 +252,7 @@ class InstantASPipeline(Tasks):
             end = steps_before(pipe.scheduler, denoising_end)
             if begin is not None and end <= begin:
                 raise ValueError(f"denoising_end: expected after where strength begins, got {denoising_end}")
-            smaller = smaller_start(start, self.defaults, method, image, plan, pipe.scheduler, end)
+            smaller = smaller_start(start, self.defaults, method, image, plan, pipe.scheduler, bridging, end)
             legs = coarse.legs(smaller, plan, pipe.scheduler, end)
             if begin is not None:
                 legs = [legs[0]._replace(begin=begin)]

@@ -59,6 +59,7 @@ def smaller_start(
     image: Any,
     plan: WindowPlan,
     scheduler: Any,
+    bridging: Any,
     end: int | None = None,
 ) -> coarse.CoarseStart | None:
     """The start on a smaller canvas of a name; None: there is none.
@@ -68,6 +69,7 @@ def smaller_start(
             canvas saves evaluations.
         own: the model's defaults, with its `coarse_sigma` where that was measured.
         scheduler: with its timesteps set, of which `end` are taken; None: all.
+        bridging: of the run, by which its evaluations are counted.
 
     Raises:
         TypeError, ValueError: for an unknown start, and for one that is asked for and not possible.
@@ -83,8 +85,11 @@ def smaller_start(
         if not by_default:
             raise
         return None
-    windows, steps = sum(run.steps * run.plan.count for run in runs), coarse.Leg(plan, scheduler, None, end).steps
-    return None if by_default and len(runs) > 1 and windows >= steps * plan.count else found
+    if by_default and len(runs) > 1:
+        whole = coarse.legs(None, plan, scheduler, end)
+        if coarse.evaluations(bridging, runs) >= coarse.evaluations(bridging, whole):
+            return None
+    return found
 
 
 def first_timestep(scheduler: Any, strength: float) -> int:

@@ -147,7 +147,9 @@ def test_what_does_not_go_together_is_refused(pipe, monkeypatch, settings, kind,
         (dict(), "coarse"),
         (dict(start="none"), "none"),
         (dict(method="multidiffusion", stride=8, num_inference_steps=1), "none"),
-        (dict(num_inference_steps=2), "none"),  # it would take as many evaluations
+        (dict(num_inference_steps=2), "none"),  # it would take as many evaluations, and more
+        (dict(num_inference_steps=3), "coarse"),
+        (dict(num_inference_steps=3, bridging="economy"), "none"),  # 4 evaluations, with a smaller canvas 5
         (dict(denoising_end=0.4), "none"),
         (dict(image=Image.new("RGB", (2 * NATIVE, 2 * NATIVE)), strength=0.5), "none"),
         (dict(width=NATIVE), "none"),
