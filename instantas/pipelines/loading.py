@@ -19,7 +19,7 @@ from diffusers.loaders.single_file_utils import infer_diffusers_model_type, load
 from instantas.files import whole_file
 
 DEFAULTS_FILE = "instantas.json"
-"""Beside a model's model_index.json: its own num_inference_steps, guidance_scale and coarse_sigma."""
+"""Beside a model's model_index.json: its own num_inference_steps, guidance_scale, start and coarse_sigma."""
 TASKS = {
     "text-to-image": ("", AutoPipelineForText2Image),
     "image-to-image": ("Img2Img", AutoPipelineForImage2Image),

@@ -57,7 +57,7 @@ class InstantASPipeline(Tasks):
         pipe: a diffusers pipeline of one of `arguments.PIPELINES`. Its UNet, autoencoder and scheduler may be missing
             until it is called.
         defaults: values of `num_inference_steps` and `guidance_scale` that suit the model, by default diffusers', and
-            of `coarse_sigma`, where it was measured (`calibration.calibrate`); of `start`, "none" without.
+            of `coarse_sigma`, where it was measured (`calibration.calibrate`), and of `start`, by default "none".
 
     Raises:
         TypeError: for another kind of pipeline.
@@ -156,8 +156,9 @@ class InstantASPipeline(Tasks):
                 level is the object's, else the model's own (`coarse_sigma` in `instantas.json`), else `coarse.SIGMA`.
                 Regions, their masks and control pictures are made smaller; callbacks are given the latents of the
                 canvas at hand. "none" or None: every step on the whole canvas. "default": the model's own (`start` in
-                `instantas.json`) where that is possible (not from a picture, by the fewest windows, with a scheduler
-                of known levels) and saves evaluations (not in a step or two), else "none".
+                `instantas.json`) where that is possible (by the fewest windows, with a scheduler whose steps can begin
+                at any known level) and saves evaluations, and neither a picture to start from nor `latents`,
+                `timesteps` or `sigmas` are given; else "none".
             guidance_interval: (start, end), fractions of the run outside of which the UNet is evaluated with the prompt
                 alone, as with a callback that sets the guidance scale to 1.
             wrap: (vertical, horizontal), whether opposite edges join. Such a side must be whole cells.
@@ -252,6 +253,8 @@ class InstantASPipeline(Tasks):
             end = steps_before(pipe.scheduler, denoising_end)
             if begin is not None and end <= begin:
                 raise ValueError(f"denoising_end: expected after where strength begins, got {denoising_end}")
+            if start == "default" and any(each is not None for each in (latents, timesteps, sigmas)):
+                start = "none"  # a smaller canvas would draw noise, and take timesteps, beside those that are given
             smaller = smaller_start(start, self.defaults, method, image, plan, pipe.scheduler, bridging, end)
             legs = coarse.legs(smaller, plan, pipe.scheduler, end)
             if begin is not None:

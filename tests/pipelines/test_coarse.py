@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from diffusers import PNDMScheduler, StableDiffusionControlNetPipeline
+from diffusers import EulerDiscreteScheduler, PNDMScheduler, StableDiffusionControlNetPipeline
 from PIL import Image
 
 from instantas.pipelines.pipeline import InstantASPipeline
@@ -152,6 +152,7 @@ def test_what_does_not_go_together_is_refused(pipe, monkeypatch, settings, kind,
         (dict(num_inference_steps=3, bridging="economy"), "none"),  # 4 evaluations, with a smaller canvas 5
         (dict(denoising_end=0.4), "none"),
         (dict(image=Image.new("RGB", (2 * NATIVE, 2 * NATIVE)), strength=0.5), "none"),
+        (dict(latents=torch.randn(1, 4, 32, 32, generator=torch.Generator().manual_seed(1))), "none"),
         (dict(width=NATIVE), "none"),
     ],
     ids=lambda value: value if isinstance(value, str) else ", ".join(value) or "all",
@@ -170,6 +171,14 @@ def test_a_scheduler_that_cannot_begin_late_has_no_coarse_start_by_default(pipe)
     assert torch.equal(paint(own, start="default", **few), paint(own, start="none", **few))
     with pytest.raises(ValueError, match="start: expected a scheduler whose steps can begin at any timestep"):
         paint(own, **few)
+
+
+@pytest.mark.parametrize("given", [dict(timesteps=[950, 600, 200]), dict(sigmas=[9.0, 3.0, 1.0, 0.0])], ids=str)
+def test_timesteps_that_are_given_are_those_of_every_evaluation_by_default(given):
+    theirs = tiny.tiny_pipeline()
+    theirs.scheduler = EulerDiscreteScheduler.from_config(theirs.scheduler.config)
+    own, few = InstantASPipeline(theirs, {"start": "coarse"}), dict(num_inference_steps=None)
+    assert torch.equal(paint(own, start="default", **few, **given), paint(own, start="none", **few, **given))
 
 
 def test_a_model_without_a_start_of_its_own_has_none(pipe):
