@@ -47,7 +47,7 @@ def _joined(images, pictures, new, blend, wrap):
     down, across = (min(blend, side) * wraps for side, wraps in zip((rows, columns), wrap))
     moved, painted = (F.pad(each, (across, across, down, down), mode="circular") for each in (moved, painted))
     away, stays = torch.zeros_like(painted), 1 - painted
-    for _ in range(blend):
+    for _ in range(min(blend, max(painted.shape[-2:]))):  # no pixel is farther away
         away, stays = away + (1 - stays), F.max_pool2d(stays, 3, stride=1, padding=1)
     rim = (1 - painted) * F.max_pool2d(painted, 3, stride=1, padding=1)
     moved = _spread(moved, rim) * (1 - away / max(blend, 1)) if blend else torch.zeros_like(moved)

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
 from instantas import InstantASPipeline
@@ -25,11 +26,20 @@ def test_an_error_that_is_the_same_everywhere_is_gone_at_the_edge_and_there_in_f
     found = joined(picture - 0.1, picture, new, 6, PLAIN)
     off, inside = found - picture, new.expand_as(picture)
     assert torch.equal(found[~inside], picture[~inside])
-    rim = inside & (torch.nn.functional.max_pool2d((~new).float(), 3, 1, 1) > 0)
-    deep = inside & (torch.nn.functional.max_pool2d((~new).float(), 13, 1, 6) == 0)
+    rim = inside & (F.max_pool2d((~new).float(), 3, 1, 1) > 0)
+    deep = inside & (F.max_pool2d((~new).float(), 13, 1, 6) == 0)
     torch.testing.assert_close(off[rim], torch.full_like(off[rim], -0.1 / 6))
     torch.testing.assert_close(off[deep], torch.full_like(off[deep], -0.1))
     assert (off[inside] < 0).all() and deep.any()
+
+
+def test_a_border_wider_than_the_picture_takes_no_more_passes_than_one_as_wide(monkeypatch):
+    new, picture, passes, pool = ellipse(), 0.3 + 0.4 * torch.rand(1, 3, 48, 40, generator=seeded()), [], F.max_pool2d
+    monkeypatch.setattr(F, "max_pool2d", lambda *args, **how: passes.append(args) or pool(*args, **how))
+    off, inside = joined(picture - 0.1, picture, new, 500, PLAIN) - picture, new.expand_as(picture)
+    away = sum(1 - pool((~new).float(), 2 * i + 1, 1, i) for i in range(24)).expand_as(off)  # from what stays
+    assert len(passes) <= 48 + 1
+    torch.testing.assert_close(off[inside], -0.1 / 500 * away[inside], rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("blend", [0, 16])
