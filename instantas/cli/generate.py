@@ -16,7 +16,15 @@ from instantas.cli.cost import Memory
 from instantas.cli.finish import check_apart, check_finish, finish, say
 from instantas.cli.inputs import ControlType, LoraType, files, read_regions, whole
 from instantas.cli.kept import Kept, checkpoint_option
-from instantas.cli.like import check_beside, check_unchanged, is_given, replace_taken, resume_option, take_settings
+from instantas.cli.like import (
+    check_beside,
+    check_unchanged,
+    is_given,
+    is_taken,
+    replace_taken,
+    resume_option,
+    take_settings,
+)
 from instantas.cli.model import check_words, load
 from instantas.cli.options import (
     OUTPUT,
@@ -101,12 +109,12 @@ STRENGTH = 0.8  # as in diffusers' img2img
     "--start",
     type=click.Choice(list(STARTS)),
     help="coarse: begin on a smaller canvas, for one scene in place of many and fewer evaluations; by default the "
-    "model's own (coarse of the one that comes along) where it is possible, else none.",
+    "model's own (coarse of the one that comes along) where it is possible and saves evaluations, else none.",
 )
 @click.option(
     "--coarse-sigma",
     type=float,
-    help=f"noise / signal from which --start coarse goes on; by default the model's own, as calibrate has measured it, "
+    help=f"noise / signal from which a coarse start goes on; by default the model's own, as calibrate has measured it, "
     f"else {coarse.SIGMA}.",
 )
 @click.option(
@@ -180,8 +188,9 @@ def generate(
     check_interval(options["guidance_interval"])
     if options["coarse_sigma"] is not None:
         real("coarse_sigma", options["coarse_sigma"], 0, above=True)
-    taken = {name: options[name] for name in ("start", "coarse_sigma") if not is_given(context, name)}
-    options |= dict.fromkeys(taken)
+    both = ("start", "coarse_sigma")  # the picture's give way to what is typed
+    noted_start = {name: options[name] for name in both if is_taken(context, name) and options[name] is not None}
+    options |= dict.fromkeys(noted_start)
     source = read_picture(image, "image") if image else None
     for name, given in (("mask", mask), ("extend", extend)):
         if given and source is None:
@@ -212,7 +221,7 @@ def generate(
     inputs = dict(
         regions=regions, notes=notes, image=image, source=source, hints=hints, mask=mask, masked=masked, extend=extend
     )
-    inputs["taken"] = {name: value for name, value in taken.items() if value is not None}
+    inputs["noted_start"] = noted_start
     with processes() as ranks:
         _paint(prompt, size, output, force, preview, kept, ranks, **inputs, **options)
 
@@ -234,7 +243,7 @@ def _paint(
     mask,
     masked,
     extend,
-    taken,
+    noted_start,
     model,
     steps,
     seed,
@@ -270,14 +279,14 @@ def _paint(
     steps = pipe.defaults["num_inference_steps"] if steps is None else steps
     plan = pipe.plan(height, width, wrap=wrap, method=method)
     set_timesteps(pipe.scheduler, steps, None, pipe.device)
-    own = pipe.defaults | taken | ({} if coarse_sigma is None else {"coarse_sigma": coarse_sigma})
+    own = pipe.defaults | noted_start | ({} if coarse_sigma is None else {"coarse_sigma": coarse_sigma})
     try:
-        wished = start or taken.get("start", "default")
+        wished = start or noted_start.get("start", "default")
         chosen = smaller_start(wished, own, method, source, plan, pipe.scheduler, bridging)
     except ValueError:
-        if start or "start" not in taken:
+        if start or "start" not in noted_start:
             raise
-        chosen = None  # the picture's start gives way to what is typed
+        chosen = None
     if chosen is None and coarse_sigma is not None:
         raise ValueError(f"coarse_sigma: expected none without a coarse start, got {coarse_sigma}")
     settings = settings | dict(

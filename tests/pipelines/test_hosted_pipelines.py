@@ -143,6 +143,8 @@ REFUSED_CALLS = [
     (TypeError, "method: expected none, as Stable", dict(method="multidiffusion")),
     (TypeError, "stride: expected none, as Stable", dict(stride=8)),
     (TypeError, "height: expected none, as Stable", dict(height=192)),
+    (TypeError, "start: expected none, as Stable", dict(start="coarse")),
+    (TypeError, "blend: expected none, as Stable", dict(blend=8)),
     (TypeError, "colour: expected an argument of StableDiffusionImg2ImgPipeline's call, got 'red'", dict(colour="red")),
     (ValueError, "region_mode|mode: expected 'blend' or 'joint'", dict(regions=LEFT, region_mode="add")),
     (ValueError, "base_weight: expected", dict(base_weight=-1.0)),
@@ -172,6 +174,8 @@ def test_our_own_loops_arguments_at_their_defaults_mean_nothing():
     }
     assert {"cuda_graph", "method", "stride"} < set(own)
     given = painted(HostedPipeline(pipe), own | arguments(NATIVE))
+    for start in ("default", "none", None):  # a loop of its own has no other
+        assert torch.equal(given, painted(HostedPipeline(pipe), dict(start=start) | arguments(NATIVE)))
     assert torch.equal(given, painted(pipe, arguments(NATIVE)))
 
 
