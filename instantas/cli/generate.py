@@ -273,7 +273,7 @@ def _paint(
     (width, height), wrap, method, bridging = size, settings["wrap"], settings["method"], settings["bridging"]
     if bridging is None:
         bridging = DEFAULT if method == "instantas" else "none"
-    banded = in_bands(pipe, output, width, height) and not (mask or extend)  # these paste the source, into the whole
+    banded = in_bands(pipe, output, width, height) and not (mask or extend)  # these take the whole, to join it
     memory = Memory.of(pipe, height, width, wrap, method, banded)
     memory.check(pipe.device, f"{width}x{height}")
     steps = pipe.defaults["num_inference_steps"] if steps is None else steps

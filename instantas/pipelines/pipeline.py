@@ -155,10 +155,11 @@ class InstantASPipeline(Tasks):
                 windows see the whole, and go on from its enlarged latents: one scene, for fewer evaluations. Its noise
                 level is the object's, else the model's own (`coarse_sigma` in `instantas.json`), else `coarse.SIGMA`.
                 Regions, their masks and control pictures are made smaller; callbacks are given the latents of the
-                canvas at hand. "none" or None: every step on the whole canvas. "default": the model's own (`start` in
+                canvas at hand, and parts of the run (`Region.start`, `guidance_interval`) are parts of its steps.
+                "none" or None: every step on the whole canvas. "default": the model's own (`start` in
                 `instantas.json`) where that is possible (by the fewest windows, with a scheduler whose steps can begin
-                at any known level) and saves evaluations, and neither a picture to start from nor `latents`,
-                `timesteps` or `sigmas` are given; else "none".
+                at any timestep and whose levels are known) and saves evaluations, and neither a picture to start from
+                nor `latents`, `timesteps` or `sigmas` are given; else "none".
             guidance_interval: (start, end), fractions of the run outside of which the UNet is evaluated with the prompt
                 alone, as with a callback that sets the guidance scale to 1.
             wrap: (vertical, horizontal), whether opposite edges join. Such a side must be whole cells.

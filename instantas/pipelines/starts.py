@@ -170,7 +170,7 @@ class Source:
             )
         return cls(pictures, mask)
 
-    def pasted(self, images: torch.Tensor, blend: int, wrap: tuple[bool, bool]) -> torch.Tensor:
+    def joined(self, images: torch.Tensor, blend: int, wrap: tuple[bool, bool]) -> torch.Tensor:
         """Pictures (B, 3, height, width) in 0..1 that were painted, outside of the mask the source's own pixels
         (`joining.joined`)."""
         if self.mask is None:
