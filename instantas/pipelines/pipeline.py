@@ -362,7 +362,8 @@ class InstantASPipeline(Tasks):
                     checkpoint=checkpoint,
                     group=group,
                 )
-            result = result if step_end.denoised is None else step_end.denoised
+            if step_end.denoised is not None:  # on a smaller canvas, if the run was ended there
+                result = coarse.enlarged(step_end.denoised, (plan.height, plan.width), wrap)
             images, flagged = self._decoded(
                 result, size, wrap, output_type, generator, source=source, blend=blend, group=group
             )

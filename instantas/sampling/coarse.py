@@ -211,7 +211,7 @@ def begun(
         )
         group = settings.get("group")
         if ended if group is None else group.first(lambda: ended):  # the callback is rank 0's
-            raise Interrupted(_enlarged(clean, latents.shape[2:], leg.plan.wrap))
+            raise Interrupted(enlarged(clean, (latents.shape[-2], latents.shape[-1]), leg.plan.wrap))
         clean = with_detail(clean, wider, after.plan.wrap, settings["generator"])
         noise = normal(clean, settings["generator"])
         x = noised(after.scheduler, clean, noise, after.begin or 0)
@@ -259,6 +259,14 @@ def noised(scheduler: Any, clean: torch.Tensor, noise: torch.Tensor, begin: int)
     return scheduler.add_noise(clean, noise, timestep)
 
 
+def enlarged(latents: torch.Tensor, size: tuple[int, int], wrap: tuple[bool, bool]) -> torch.Tensor:
+    """Latents (B, C, H, W) of a smaller canvas, carried to a size, (rows, columns), as bright as they are; of that size
+    as they are."""
+    if latents.shape[2:] == size:
+        return latents
+    return carry(latents, size, wrap) * math.sqrt(size[0] * size[1] / (latents.shape[-2] * latents.shape[-1]))
+
+
 def _few_steps(scheduler, share):
     """A copy of the scheduler with part of its steps."""
     few = copy.deepcopy(scheduler)
@@ -292,11 +300,6 @@ def _fitted(guidance, plan):
     if isinstance(guidance, torch.Tensor) and guidance.dim() == 2:
         return F.adaptive_avg_pool2d(guidance[None], (plan.height, plan.width))[0]
     return guidance
-
-
-def _enlarged(latents, size, wrap):
-    """Latents of a smaller canvas, carried to a size as bright as they are."""
-    return carry(latents, size, wrap) * math.sqrt(size[0] * size[1] / (latents.shape[-2] * latents.shape[-1]))
 
 
 def _told(callback, before, ended):

@@ -3,7 +3,14 @@
 import numpy as np
 import pytest
 import torch
-from diffusers import EulerDiscreteScheduler, PNDMScheduler, StableDiffusionControlNetPipeline
+import torch.nn.functional as F
+from diffusers import (
+    EulerDiscreteScheduler,
+    LatentConsistencyModelPipeline,
+    LCMScheduler,
+    PNDMScheduler,
+    StableDiffusionControlNetPipeline,
+)
 from PIL import Image
 
 from instantas.pipelines.pipeline import InstantASPipeline
@@ -119,6 +126,22 @@ def test_an_interrupted_run_gives_the_size_that_was_asked_for(pipe):
         return {}
 
     assert paint(pipe, callback_on_step_end=callback, output_type="np").shape[1:3] == (2 * NATIVE, 2 * NATIVE)
+
+
+def test_what_was_denoised_is_of_the_size_that_was_asked_for_too():
+    """Of a pipeline that decodes the clean latents, which a consistency model gives at each step."""
+    theirs = tiny.tiny_pipeline(kind=LatentConsistencyModelPipeline, unet=tiny.unet(time_cond_proj_dim=16))
+    theirs.scheduler, kept = LCMScheduler.from_config(theirs.scheduler.config), []
+
+    def callback(held, step, timestep, tensors):
+        kept.append(tensors["denoised"])
+        held._interrupt = True
+        return {}
+
+    told = dict(callback_on_step_end=callback, callback_on_step_end_tensor_inputs=["denoised"])
+    found, (small,) = paint(InstantASPipeline.from_pipe(theirs), **told), kept
+    assert small.shape[2:] == (16, 16) and found.shape[2:] == (32, 32)
+    torch.testing.assert_close(F.adaptive_avg_pool2d(found, 1), F.adaptive_avg_pool2d(small, 1))
 
 
 @pytest.mark.parametrize(
