@@ -103,7 +103,9 @@ class Decoding(HeldPipeline):
             images = pipe.watermark.apply_watermark(images)
         safe = [True] * len(images) if flagged is None else [not unsafe for unsafe in flagged]
         images = pipe.image_processor.postprocess(images, output_type="pt", do_denormalize=safe)
-        return shown(images if source is None else source.joined(images, blend, wrap), output_type), flagged
+        if source is not None:
+            images = source.joined(images, blend if all(safe) else 0, wrap)  # what is unsafe stays black
+        return shown(images, output_type), flagged
 
     def _output(self, images, flagged, return_dict):
         if is_xl(self.pipe):

@@ -123,6 +123,7 @@ class Tasks(Decoding):
             latents, margins.size(*own), wrap, "pt", generator, group=settings.get("group")
         )
         pictures = pictures.repeat_interleave(len(painted) // len(pictures), dim=0)
+        blend = 0 if flagged is not None and any(flagged) else blend  # what is unsafe stays black
         images = margins.joined(painted.float(), pictures, blend, wrap)
         self.pipe.maybe_free_model_hooks()
         return self._output(shown(images, kind), flagged, whole)

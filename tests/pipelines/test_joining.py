@@ -81,3 +81,15 @@ def test_the_pipeline_draws_what_it_paints_to_the_picture():
     assert across(soft) < across(hard)
     with pytest.raises(ValueError, match="blend: expected an integer from 0 up, got -1"):
         ours("grass", **call, blend=-1)
+
+
+def test_what_is_unsafe_stays_black():
+    ours, mask = InstantASPipeline.from_pipe(tiny_pipeline()), Image.new("L", (NATIVE, NATIVE))
+    ImageDraw.Draw(mask).rectangle((24, 32, 47, 55), fill="white")
+    ours.pipe.safety_checker = object()
+    ours.pipe.run_safety_checker = lambda images, device, dtype: (torch.zeros_like(images), [True] * len(images))
+    settings = dict(num_inference_steps=1, output_type="np", generator=seeded())
+    painted = ours("grass", image=photo(), mask_image=mask, **settings)
+    assert painted.nsfw_content_detected == [True]
+    assert not painted.images[0][np.asarray(mask) > 0].any() and painted.images[0][np.asarray(mask) == 0].all(-1).any()
+    assert not ours.extend(photo(), right=64, prompt="grass", **settings).images[0][:, NATIVE:].any()
