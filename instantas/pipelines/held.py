@@ -59,7 +59,8 @@ class HeldPipeline(RunSettings):
 
     @classmethod
     def from_pipe(cls, pipe: DiffusionPipeline) -> Self:
-        """Around a diffusers pipeline that is there already; its components are shared, not copied.
+        """Around a diffusers pipeline that is there already; its components are shared, not copied. Of one of these,
+        with its defaults.
 
         Kinds beside `arguments.PIPELINES` (InstructPix2Pix, PAG, T2I-Adapter, AnimateDiff, SDXL's refiner, ...) give a
         `hosted.HostedPipeline`, which runs their own call with its own arguments.
@@ -67,7 +68,7 @@ class HeldPipeline(RunSettings):
         Raises:
             TypeError: for a pipeline whose network cannot be given windows, with the reason.
         """
-        return cls._around(pipe.pipe if isinstance(pipe, HeldPipeline) else pipe)
+        return cls._around(pipe.pipe, pipe.defaults) if isinstance(pipe, HeldPipeline) else cls._around(pipe)
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """Move the components, as diffusers' `to` does."""

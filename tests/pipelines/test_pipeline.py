@@ -247,7 +247,9 @@ def test_components_are_those_of_the_diffusers_pipeline():
     assert ours.unet is theirs.unet and ours.components.keys() == theirs.components.keys()
     ours.scheduler = other = scheduler(kind=diffusers.EulerDiscreteScheduler)
     assert theirs.scheduler is other
-    assert InstantASPipeline.from_pipe(ours).pipe is theirs
+    ours.defaults["num_inference_steps"] = 7
+    again = InstantASPipeline.from_pipe(ours)
+    assert again.pipe is theirs and again.defaults == ours.defaults and again.defaults is not ours.defaults
     assert ours.to("cpu") is ours
     with pytest.raises(AttributeError):
         getattr(ours, "no_such_thing")  # noqa: B009
