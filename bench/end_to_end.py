@@ -86,10 +86,13 @@ def model(config: dict, device="cpu", dtype=torch.float32) -> Model:
 
 
 class Watch:
-    """Counts the samples that the network is given and times its calls; beside each, the bare network, if there is."""
+    """Counts the samples that the network is given and times its calls; beside each, the bare network, if there is.
 
-    def __init__(self, network, clock, bare=None, log=lambda line: None):
-        self.network, self.clock, self.bare, self.log = network, clock, bare, log
+    That one attends to (1, L, D) embeddings, whatever is installed on the first one.
+    """
+
+    def __init__(self, network, clock, bare=None, embeds=None, log=lambda line: None):
+        self.network, self.clock, self.bare, self.embeds, self.log = network, clock, bare, embeds, log
         self.samples, self.inside, self.beside, self.apart = 0, 0.0, 0.0, 0.0
 
     def __enter__(self):
@@ -112,6 +115,7 @@ class Watch:
         self.inside += ended - self.begun
         if self.bare is not None:
             kwargs = {name: value for name, value in kwargs.items() if name != "cross_attention_kwargs"}
+            kwargs["encoder_hidden_states"] = self.embeds.expand(len(args[0]), -1, -1)
             start = self.clock()
             self.bare(*args, **kwargs)
             self.beside += self.clock() - start
@@ -126,7 +130,7 @@ def bare(network):
 
 def run(name, model, size, prompts, steps, clock, beside=None, **options) -> dict:
     """Measure one whole run."""
-    watch, taken = Watch(model.pipe.unet, clock, beside), []
+    watch, taken = Watch(model.pipe.unet, clock, beside, model.embeds), []
 
     def whole():
         start = clock()

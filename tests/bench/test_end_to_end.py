@@ -31,10 +31,13 @@ def test_no_speed_where_a_method_does_other_work(monkeypatch):
         end_to_end.check()
 
 
-@pytest.mark.parametrize("name, samples", [("instantas", 8), ("cyclic shift", 8), ("tiles, overlap 8", 12)])
-def test_samples_are_counted_at_the_network(tiny, name, samples):
+@pytest.mark.parametrize(
+    "name, prompts, samples",
+    [("instantas", 1, 8), ("instantas", 2, 8), ("cyclic shift", 1, 8), ("tiles, overlap 8", 1, 12)],
+)
+def test_samples_are_counted_at_the_network(tiny, name, prompts, samples):
     beside = end_to_end.bare(tiny.pipe.unet)
-    result = end_to_end.run(name, tiny, (512, 1024), [""], 2, time.perf_counter, beside)
+    result = end_to_end.run(name, tiny, (512, 1024), end_to_end.PROMPTS[:prompts], 2, time.perf_counter, beside)
     assert result["samples"] == samples  # with and without the prompt, two steps, two or three windows
     assert 0 < result["network"] < result["seconds"] and result["bare"] > 0
     assert not tiny.pipe.unet._forward_hooks and not tiny.pipe.unet._forward_pre_hooks
