@@ -207,9 +207,9 @@ std::tuple<Tensor, Tensor> attention_with_mass(Tensor query, Tensor key, Tensor 
   query = packed(query), key = packed(key), value = packed(value), prompt_ids = int32(prompt_ids);
   weights = *packed_arithmetic(weights, query);
   if (lengths) lengths = int32(*lengths);
-  Tensor out = torch::stable::new_empty(query, query.sizes());
+  Tensor out = uninitialized(query, query.sizes());
   const auto type = query.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  Tensor mass = torch::stable::new_empty(query, {query.size(0), query.size(1), query.size(2)}, type);
+  Tensor mass = uninitialized(query, {query.size(0), query.size(1), query.size(2)}, type);
   if (query.numel() == 0) return {out, mass};
   with_element(query, [&](auto element) {
     using T = decltype(element);

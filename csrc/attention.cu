@@ -92,7 +92,7 @@ Tensor regional_attention(Tensor query, Tensor key, Tensor value, Tensor prompt_
                           double scale, OptionalTensor order, OptionalTensor lengths) {
   const Stream stream(query);
   const AttentionCall call(query, key, value, prompt_ids, weights, joint, scale, order, lengths);
-  Tensor out = torch::stable::new_empty(query, query.sizes());
+  Tensor out = uninitialized(query, query.sizes());
   if (query.numel() == 0) return out;
   with_device_element(query, [&](auto element) {
     using T = decltype(element);
@@ -116,9 +116,9 @@ std::tuple<Tensor, Tensor, Tensor> regional_attention_backward(Tensor grad, Tens
   Tensor grad_key = torch::stable::new_zeros(key, key.sizes());
   Tensor grad_value = torch::stable::new_zeros(value, value.sizes());
   if (query.numel() == 0 || bank == 0) return {grad_query, grad_key, grad_value};
-  Tensor statistics = torch::stable::new_empty(query, {images, slots, heads, queries, 3}, ScalarType::Float);
+  Tensor statistics = uninitialized(query, {images, slots, heads, queries, 3}, ScalarType::Float);
   Tensor partial =
-      torch::stable::new_empty(query, {splits, 2, prompts, tokens, heads, query.size(3)}, ScalarType::Float);
+      uninitialized(query, {splits, 2, prompts, tokens, heads, query.size(3)}, ScalarType::Float);
   with_device_element(query, [&](auto element) {
     using T = decltype(element);
     const auto attention = call.attention<T>(grad_query);

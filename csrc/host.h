@@ -26,6 +26,21 @@ inline Plan make_plan(const Tensor& origins, const Tensor& start, const Tensor& 
           static_cast<const int32_t*>(index.data_ptr())};
 }
 
+// Uninitialised, contiguous and on the tensor's device. torch::stable's own looks an operator up by its name.
+inline Tensor uninitialized(const Tensor& tensor, torch::headeronly::IntHeaderOnlyArrayRef sizes,
+                        std::optional<ScalarType> type = std::nullopt) {
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t d = sizes.size() - 1; d > 0; --d) strides[d - 1] = strides[d] * (sizes[d] ? sizes[d] : 1);
+  int32_t dtype, device;
+  AtenTensorHandle result;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &device));
+  if (type) dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(*type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(), dtype, device,
+                                                  tensor.get_device_index(), &result));
+  return Tensor(result);
+}
+
 inline Tensor packed(const Tensor& tensor) {
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
@@ -81,7 +96,7 @@ struct GatherCall {
   GatherCall(const Tensor& canvas, const Plan& plan)
       : canvas(packed(canvas)),
         plan(plan),
-        windows(torch::stable::new_empty(canvas, {canvas.size(0), plan.windows, plan.channels, plan.h, plan.w})) {}
+        windows(uninitialized(canvas, {canvas.size(0), plan.windows, plan.channels, plan.h, plan.w})) {}
 
   int64_t planes() const { return canvas.size(0) * plan.windows * plan.channels; }
 };
@@ -96,7 +111,7 @@ struct ScatterCall {
       : windows(packed(windows)),
         weight(packed_arithmetic(weight, windows)),
         plan(plan),
-        canvas(torch::stable::new_empty(windows, {windows.size(0), plan.channels, plan.height, plan.width})) {}
+        canvas(uninitialized(windows, {windows.size(0), plan.channels, plan.height, plan.width})) {}
 };
 
 struct StepCall {
@@ -119,9 +134,9 @@ struct StepCall {
         weight(packed_arithmetic(weight, sample)),
         guidance_map(packed_arithmetic(guidance_map, sample)),
         guidance_scale(guidance_scale),
-        new_sample(torch::stable::new_empty(sample, sample.sizes())),
-        new_history(torch::stable::new_empty(history, history.sizes())),
-        new_latest(torch::stable::new_empty(latest, latest.sizes())) {}
+        new_sample(uninitialized(sample, sample.sizes())),
+        new_history(uninitialized(history, history.sizes())),
+        new_latest(uninitialized(latest, latest.sizes())) {}
 
   std::tuple<Tensor, Tensor, Tensor> results() const { return {new_sample, new_history, new_latest}; }
 

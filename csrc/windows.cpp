@@ -9,16 +9,44 @@ namespace instantas {
 namespace {
 
 constexpr int64_t GRAIN = 1 << 15;  // elements that are worth a thread
+constexpr int64_t LINE = 64;        // bytes of a cache line
 
-// copy(canvas, windows, count) for the runs of cells of a window's row: their offsets in the two tensors.
-template <class Copy>
-void for_row(const Plan& plan, int64_t image, int window, int channel, int i, const Copy& copy) {
-  const int y0 = plan.origins[2 * window], x0 = plan.origins[2 * window + 1];
-  const int whole = std::min(plan.w, plan.width - x0);  // the rest lies at the other end of the axis
-  const int64_t row = plan.canvas_offset(image, channel, position_on_canvas(i, y0, plan.height), 0);
-  const int64_t place = plan.window_offset(image, window, channel, i, 0);
-  copy(row + x0, place, whole);
-  if (whole < plan.w) copy(row, place + whole, plan.w - whole);
+// Walks down a channel of a window.
+class Rows {
+ public:
+  Rows(const Plan& plan, int64_t image, int window, int channel)
+      : x0_(plan.origins[2 * window + 1]),
+        w_(plan.w),
+        whole_(std::min(plan.w, plan.width - x0_)),
+        width_(plan.width),
+        top_(plan.canvas_offset(image, channel, 0, 0)),
+        bottom_(top_ + plan.canvas_plane()),
+        row_(top_ + int64_t{plan.origins[2 * window]} * width_),
+        place_(plan.window_offset(image, window, channel, 0, 0)) {}
+
+  // copy(canvas, windows, count) for the runs of cells of a row: their offsets in the two tensors.
+  template <class Copy>
+  void next(const Copy& copy) {
+    copy(row_ + x0_, place_, whole_);
+    if (whole_ < w_) copy(row_, place_ + whole_, w_ - whole_);  // at the other end of the axis
+    place_ += w_;
+    row_ += width_;
+    if (row_ == bottom_) row_ = top_;
+  }
+
+ private:
+  int x0_, w_, whole_;
+  int64_t width_, top_, bottom_, row_, place_;
+};
+
+// A row of 64 cells of 2 or 4 bytes, as most windows have, needs no call.
+inline void copy_bytes(char* to, const char* from, int64_t count) {
+  if (count == 128)
+    std::memcpy(to, from, 128);
+  else if (count == 256)
+    std::memcpy(to, from, 256);
+  else
+    std::memcpy(to, from, count);
 }
 
 void gather(const GatherCall& call) {
@@ -27,13 +55,14 @@ void gather(const GatherCall& call) {
   const Plan plan = call.plan;
   const int64_t planes = call.planes(), size = call.canvas.element_size();
   const auto copy = [&](int64_t from, int64_t to, int64_t count) {
-    std::memcpy(windows + to * size, canvas + from * size, count * size);
+    copy_bytes(windows + to * size, canvas + from * size, count * size);
   };
   torch::stable::parallel_for(0, planes, GRAIN / plan.window_plane() + 1, [&](int64_t begin, int64_t end) {
     for (int64_t plane = begin; plane < end; ++plane) {
       const int channel = static_cast<int>(plane % plan.channels);
       const int window = static_cast<int>(plane / plan.channels % plan.windows);
-      for (int i = 0; i < plan.h; ++i) for_row(plan, plane / plan.channels / plan.windows, window, channel, i, copy);
+      Rows rows(plan, plane / plan.channels / plan.windows, window, channel);
+      for (int i = 0; i < plan.h; ++i) rows.next(copy);
     }
   });
 }
@@ -47,15 +76,20 @@ void copy_windows(const T* windows, T* canvas, const Plan& plan, int64_t images)
   const int64_t count = bands.size(), grain = GRAIN * count / plan.canvas_plane() + 1;
   bands.push_back(plan.windows);
   const auto copy = [&](int64_t to, int64_t from, int64_t count) {
-    std::memcpy(canvas + to, windows + from, count * sizeof(T));
+    const T* row = windows + from;
+    // two rows ahead: the processor does not follow so many windows in turn by itself
+    for (int64_t x = 0; x < count; x += LINE / sizeof(T)) __builtin_prefetch(row + 2 * plan.w + x);
+    std::memcpy(canvas + to, row, count * sizeof(T));
   };
   torch::stable::parallel_for(0, images * plan.channels * count, grain, [&](int64_t begin, int64_t end) {
+    std::vector<Rows> band;
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t plane = task / count, band = task % count;
-      const int channel = static_cast<int>(plane % plan.channels);
+      const int64_t plane = task / count;
+      band.clear();
+      for (int window = bands[task % count]; window < bands[task % count + 1]; ++window)
+        band.emplace_back(plan, plane / plan.channels, window, static_cast<int>(plane % plan.channels));
       for (int i = 0; i < plan.h; ++i)
-        for (int window = bands[band]; window < bands[band + 1]; ++window)
-          for_row(plan, plane / plan.channels, window, channel, i, copy);
+        for (Rows& rows : band) rows.next(copy);
     }
   });
 }
