@@ -11,7 +11,7 @@ import functools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -105,6 +105,7 @@ class WindowPlan:
     wrap: tuple[bool, bool] = (False, False)
     partial: bool = False
     count: int = field(init=False, repr=False)
+    calls: dict[Any, Any] = field(init=False, repr=False)  # what ran before on this plan (ops.registration.repeated)
     _tables: dict[torch.device, PlanTables] = field(init=False, repr=False)
 
     def __post_init__(self):
@@ -134,6 +135,7 @@ class WindowPlan:
         origins.setflags(write=False)
         put("origins", origins)
         put("count", len(origins))
+        put("calls", {})
         axes = self._axes()
         holes = _leaves_holes(*axes)
         if holes and not self.partial:

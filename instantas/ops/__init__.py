@@ -17,7 +17,7 @@ import torch
 from ..windows import WindowPlan
 from .backend import backends, use_backend
 from .order import region_order
-from .registration import call
+from .registration import call, repeated
 from .validation import (
     check_constant,
     check_lengths,
@@ -62,9 +62,12 @@ def gather_windows(canvas: torch.Tensor, plan: WindowPlan) -> torch.Tensor:
 
         torch.stack([canvas[:, :, y : y + h, x : x + w] for y, x in plan.origins], dim=1)
     """
+    if known := repeated("gather_windows", canvas, plan):
+        operator, rest = known
+        return operator(canvas, *rest)
     check_plan(plan)
     check_tensor("canvas", canvas, "(B, C, height, width)", (None, None, plan.height, plan.width))
-    return call("gather_windows", canvas, *plan.tables(canvas.device), plan.geometry)
+    return call("gather_windows", canvas, *plan.tables(canvas.device), plan.geometry, plan=plan)
 
 
 def scatter_windows(windows: torch.Tensor, plan: WindowPlan, weight: torch.Tensor | None = None) -> torch.Tensor:
@@ -91,10 +94,14 @@ def scatter_windows(windows: torch.Tensor, plan: WindowPlan, weight: torch.Tenso
             norm[y : y + h, x : x + w] += weight[i]
         canvas = total / norm
     """
+    if weight is None and (known := repeated("scatter_windows", windows, plan)):
+        operator, rest = known
+        return operator(windows, *rest)
     check_plan(plan, partial=False)
     check_tensor("windows", windows, "(B, n, C, h, w)", (None, plan.count, None, *plan.window))
     check_weight(weight, plan, windows)
-    return call("scatter_windows", windows, weight, *plan.tables(windows.device), plan.geometry, True)
+    arguments = windows, weight, *plan.tables(windows.device), plan.geometry, True
+    return call("scatter_windows", *arguments, plan=plan if weight is None else None)
 
 
 @overload

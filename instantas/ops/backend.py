@@ -71,21 +71,23 @@ def use_backend(backend: str | Backend) -> Iterator[None]:
         backend = BACKENDS[backend]
     if reason := backend.absent():
         raise RuntimeError(f"backend {backend.name!r} cannot run here: {reason}")
-    _forced.append(backend)
+    forced.append(backend)
     try:
         yield
     finally:
-        _forced.pop()
+        forced.pop()
 
 
-_forced: list[Backend] = []  # not context-local: autograd runs backward passes in threads of its own
+forced: list[
+    Backend
+] = []  # by `use_backend`, the last counts; not context-local: autograd runs backward passes in threads of its own
 
 
 def implementation(operation: str, tensor: torch.Tensor) -> Callable[..., Any]:
     """The function that runs the operation on tensors of this one's device and dtype."""
-    if not _forced:
+    if not forced:
         return default(tensor.device, tensor.dtype).functions()[operation]
-    backend = _forced[-1]
+    backend = forced[-1]
     if reason := backend.unserved(tensor.device, tensor.dtype):
         raise RuntimeError(f"backend {backend.name!r} cannot run {operation}: {reason}")
     return backend.functions()[operation]
@@ -93,7 +95,7 @@ def implementation(operation: str, tensor: torch.Tensor) -> Callable[..., Any]:
 
 def ordered(device: torch.device) -> bool:
     """Whether an order of the queries is of use to attention on the device."""
-    return (_forced[-1] if _forced else default(device, torch.float32)).ordered
+    return (forced[-1] if forced else default(device, torch.float32)).ordered
 
 
 @functools.cache

@@ -5,13 +5,24 @@ Their namespace is the package's name: a copy that is loaded under another one h
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import is_grad_enabled
+from torch._C import (
+    _get_tracing_state,
+    _is_any_autocast_enabled,
+    _len_torch_dispatch_stack,
+    _len_torch_function_stack,
+)
+from torch._C._functorch import peek_interpreter_stack
+from torch.autograd import forward_ad
+from torch.compiler import is_dynamo_compiling
 
+from ..windows import WindowPlan
 from . import reference
-from .backend import REFERENCE, implementation
+from .backend import REFERENCE, forced, implementation
 from .schemas import SCHEMAS
 
 NAMESPACE = __package__.rpartition(".")[0].replace(".", "_")
@@ -56,29 +67,49 @@ for _name, _schema in SCHEMAS.items():
     _library.impl(_name, _dispatcher(_name, REFERENCE[_name]), "FuncTorchDynamicLayerFrontMode")
 
 
-def call(operation: str, *args: Any) -> Any:
-    """The operator. A library's own one at once, where nothing could tell: on the CPU a call costs half the time."""
-    if not _watched(args):
+def call(operation: str, *args: Any, plan: WindowPlan | None = None) -> Any:
+    """The operator. A library's own one at once, where nothing could tell: on the CPU a call costs half the time.
+
+    plan: given where all of args but the first follow from it, so that `repeated` may find them again.
+    """
+    if not _watched() and all(_plain(value) for value in args if isinstance(value, torch.Tensor)):
         own = implementation(operation, args[0])
         if isinstance(own, torch._ops.OpOverload):
-            return own(*args)
+            if plan is not None and not forced:
+                plan.calls[_kind(operation, args[0])] = own._op, args[1:]
+            return own._op(*args)
     return getattr(operators, operation)(*args)
 
 
-def _watched(args):
-    """Whether a compiler, a tracer, a mode, a transform, autocast, autograd or a tensor of another class looks on."""
+def repeated(operation: str, tensor: Any, plan: Any) -> tuple[Callable[..., Any], tuple[Any, ...]] | None:
+    """What runs the operation on such a tensor, and its further arguments, if it was called with one on this plan.
+
+    Such a call was found right: with cold caches its checks and tables take longer than a small canvas takes to copy.
+    """
+    if type(plan) is not WindowPlan or forced or _watched() or not _plain(tensor):
+        return None
+    return plan.calls.get(_kind(operation, tensor))
+
+
+def _kind(operation, tensor):
+    return operation, tensor.shape, tensor.dtype, tensor.device, tensor.layout
+
+
+def _plain(tensor):
+    """Whether it is of no class of its own, and has no gradient to be computed."""
+    return type(tensor) is torch.Tensor and not (tensor.requires_grad and is_grad_enabled())
+
+
+def _watched():
+    """Whether a compiler, a tracer, a mode, a transform, autocast or forward-mode autograd looks on."""
     return (
-        torch.compiler.is_compiling()
-        or torch._C._get_tracing_state() is not None
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._len_torch_function_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or _autocast(args[0].device.type)
-        or any(
-            type(t) is not torch.Tensor or t.requires_grad and torch.is_grad_enabled()
-            for t in args
-            if isinstance(t, torch.Tensor)
-        )
+        is_dynamo_compiling()
+        or _len_torch_dispatch_stack() > 0
+        or _len_torch_function_stack() > 0
+        or peek_interpreter_stack() is not None
+        or _get_tracing_state() is not None
+        or _is_any_autocast_enabled()
+        or forward_ad._current_level >= 0
     )
 
 
