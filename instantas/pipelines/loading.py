@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,19 @@ from diffusers import (
 )
 from diffusers.loaders.single_file_utils import infer_diffusers_model_type, load_single_file_checkpoint
 
+from instantas.checks import positive, real
 from instantas.files import whole_file
+from instantas.sampling import coarse
 
 DEFAULTS_FILE = "instantas.json"
-"""Beside a model's model_index.json: its own num_inference_steps, guidance_scale, start and coarse_sigma."""
+"""Beside a model's model_index.json: the model's own settings, `SETTINGS`."""
+SETTINGS: dict[str, Callable[[Any], object]] = {
+    "num_inference_steps": lambda value: positive("num_inference_steps", value),
+    "guidance_scale": lambda value: real("guidance_scale", value),
+    "start": coarse.start_of,
+    "coarse_sigma": lambda value: real("coarse_sigma", value, 0, above=True),
+}
+"""What such a setting is checked by."""
 TASKS = {
     "text-to-image": ("", AutoPipelineForText2Image),
     "image-to-image": ("Img2Img", AutoPipelineForImage2Image),
@@ -71,7 +81,7 @@ def read_defaults(folder: Path) -> dict[str, Any]:
     """The model's own defaults, as its folder has them; {} without.
 
     Raises:
-        ValueError: for a file that is no JSON object.
+        ValueError: for a file that is no JSON object, and for a value that is none of its setting.
     """
     path = folder / DEFAULTS_FILE
     try:
@@ -80,6 +90,11 @@ def read_defaults(folder: Path) -> dict[str, Any]:
         raise ValueError(f"model: expected JSON in {str(path)!r}, got {error}") from error
     if not isinstance(defaults, dict):
         raise ValueError(f"model: expected a JSON object in {str(path)!r}, got {type(defaults).__name__}")
+    for name in SETTINGS.keys() & {name for name, value in defaults.items() if value is not None}:
+        try:
+            SETTINGS[name](defaults[name])
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"model: expected other settings in {str(path)!r}: {error}") from error
     return defaults
 
 

@@ -74,6 +74,9 @@ def smaller_start(
     Raises:
         TypeError, ValueError: for an unknown start, and for one that is asked for and not possible.
     """
+    names = "default", *coarse.STARTS
+    if isinstance(start, str) and start not in names:
+        raise ValueError(f"start: expected one of {', '.join(names)}, got {start!r}")
     other = "multidiffusion" if method == "multidiffusion" else None if image is None else "a picture to start from"
     by_default = isinstance(start, str) and start == "default"
     found = coarse.start_of(own.get("start") if by_default else start, own.get("coarse_sigma"))

@@ -54,6 +54,24 @@ def test_broken_settings_are_named_and_left_alone(tmp_path, content, got):
     assert (tmp_path / "instantas.json").read_bytes() == content
 
 
+@pytest.mark.parametrize(
+    "name, value, got",
+    [
+        ("start", "fine", "start: expected one of none, coarse, got 'fine'"),
+        ("start", 3, "start: expected a name or a CoarseStart, got int"),
+        ("num_inference_steps", "7", "num_inference_steps: expected .*'7'"),
+        ("num_inference_steps", 0, "num_inference_steps: expected .* 0"),
+        ("guidance_scale", "high", "guidance_scale: expected .*'high'"),
+        ("coarse_sigma", -1, "coarse_sigma: expected .* -1"),
+    ],
+)
+def test_settings_that_are_none_are_named_with_their_file(tmp_path, name, value, got):
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
+    (tmp_path / "instantas.json").write_text(json.dumps({name: value, "note": "any"}))
+    with pytest.raises(ValueError, match=f"^model: expected other settings in .*instantas.json.*: {got}"):
+        InstantASPipeline.from_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize("make", [tiny.tiny_pipeline, tiny.tiny_xl_pipeline])
 def test_pictures_are_painted_and_then_looked_at_without_guidance(make):
     """The second run sees the pictures of the first, at every level with new noise; a seed gives the same again."""

@@ -147,7 +147,7 @@ def test_what_was_denoised_is_of_the_size_that_was_asked_for_too():
 @pytest.mark.parametrize(
     "settings, kind, message",
     [
-        (dict(start="fine"), ValueError, "start: expected one of none, coarse, got 'fine'"),
+        (dict(start="fine"), ValueError, "start: expected one of default, none, coarse, got 'fine'"),
         (dict(start=1.5), TypeError, "start: expected a name or a CoarseStart"),
         (dict(method="multidiffusion"), ValueError, 'start: expected "none" with multidiffusion'),
         (
