@@ -132,9 +132,9 @@ class Bank {
   std::vector<Prompt<A>> heads_of_prompts_;
 };
 
-// One head of some queries of a group. mass: nullptr, or where the logarithms of the sums go.
+// One head of some queries of a group.
 template <class T, class A>
-void attend_group(const T* query, T* out, A* mass, const Regions<A>& regions, const Group& group, const Bank<A>& bank,
+void attend_group(const T* query, T* out, const Regions<A>& regions, const Group& group, const Bank<A>& bank,
                   int64_t begin, int64_t end, int64_t head, const int64_t* shape, bool joint, A scale) {
   static const Attend<A> kernel = attend<A>();
   const int64_t queries = shape[1], heads = shape[2], depth = shape[3], width = padded(depth, kernel.lanes);
@@ -148,7 +148,7 @@ void attend_group(const T* query, T* out, A* mass, const Regions<A>& regions, co
   }
   const int64_t count = prompts.size(), pitch = joint ? all : longest;
   std::vector<A> some(TILE_ROWS * depth), results(TILE_ROWS * width), logits(TILE_ROWS * pitch);
-  std::vector<A> shares(count * TILE_ROWS), zeros(TILE_ROWS), ones(TILE_ROWS, A(1)), sums(TILE_ROWS);
+  std::vector<A> shares(count * TILE_ROWS), zeros(TILE_ROWS), ones(TILE_ROWS, A(1));
   const Tile<A> tile{depth, scale, some.data(), results.data(), logits.data(), pitch};
   for (; begin < end; begin += TILE_ROWS) {
     const int64_t rows = std::min<int64_t>(TILE_ROWS, end - begin);
@@ -160,21 +160,20 @@ void attend_group(const T* query, T* out, A* mass, const Regions<A>& regions, co
     }
     std::fill(results.begin(), results.end(), A(0));
     if (joint)
-      kernel.run(tile, prompts.data(), count, shares.data(), ones.data(), sums.data());
+      kernel.run(tile, prompts.data(), count, shares.data(), ones.data(), true);
     else
       for (int64_t i = 0; i < count; ++i)
-        kernel.run(tile, &prompts[i], 1, zeros.data(), &shares[i * TILE_ROWS], nullptr);
+        kernel.run(tile, &prompts[i], 1, zeros.data(), &shares[i * TILE_ROWS], false);
     for (int64_t m = 0; m < rows; ++m) {
       const int64_t row = (group.image * queries + group.queries[begin + m]) * heads + head;
       for (int64_t d = 0; d < depth; ++d) out[row * depth + d] = narrow<T>(results[m * width + d]);
-      if (mass) mass[row] = sums[m];
     }
   }
 }
 
 template <class T, class A = arithmetic_t<T>>
 void attention(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& ids, const Tensor& weights,
-               bool joint, A scale, const OptionalTensor& lengths, const Tensor& out, A* mass) {
+               bool joint, A scale, const OptionalTensor& lengths, const Tensor& out) {
   const Regions<A> regions(ids, weights, key.size(0), joint);
   const Bank<A> bank(key, value, lengths, regions.groups, attend<A>().lanes, T{});
   struct Task {
@@ -190,7 +189,7 @@ void attention(const Tensor& query, const Tensor& key, const Tensor& value, cons
     for (int64_t i = begin; i < end; ++i) {
       const Task& task = tasks[i / heads];
       const int64_t last = std::min<int64_t>(task.begin + TASK, task.group->queries.size());
-      attend_group(data<T>(query), mutable_data<T>(out), mass, regions, *task.group, bank, task.begin, last, i % heads,
+      attend_group(data<T>(query), mutable_data<T>(out), regions, *task.group, bank, task.begin, last, i % heads,
                    query.sizes().data(), joint, scale);
     }
   });
@@ -202,27 +201,18 @@ Tensor int32(const Tensor& tensor) {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> attention_with_mass(Tensor query, Tensor key, Tensor value, Tensor prompt_ids,
-                                               Tensor weights, bool joint, double scale, OptionalTensor lengths) {
+Tensor regional_attention(Tensor query, Tensor key, Tensor value, Tensor prompt_ids, Tensor weights, bool joint,
+                          double scale, OptionalTensor order, OptionalTensor lengths) {
   query = packed(query), key = packed(key), value = packed(value), prompt_ids = int32(prompt_ids);
   weights = *packed_arithmetic(weights, query);
   if (lengths) lengths = int32(*lengths);
   Tensor out = uninitialized(query, query.sizes());
-  const auto type = query.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  Tensor mass = uninitialized(query, {query.size(0), query.size(1), query.size(2)}, type);
-  if (query.numel() == 0) return {out, mass};
+  if (query.numel() == 0) return out;
   with_element(query, [&](auto element) {
     using T = decltype(element);
-    using A = arithmetic_t<T>;
-    attention<T>(query, key, value, prompt_ids, weights, joint, static_cast<A>(scale), lengths, out,
-                 joint ? mutable_data<A>(mass) : nullptr);
+    attention<T>(query, key, value, prompt_ids, weights, joint, static_cast<arithmetic_t<T>>(scale), lengths, out);
   });
-  return {out, mass};
-}
-
-Tensor regional_attention(Tensor query, Tensor key, Tensor value, Tensor prompt_ids, Tensor weights, bool joint,
-                          double scale, OptionalTensor order, OptionalTensor lengths) {
-  return std::get<0>(attention_with_mass(query, key, value, prompt_ids, weights, joint, scale, lengths));
+  return out;
 }
 
 }  // namespace instantas

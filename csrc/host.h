@@ -176,7 +176,5 @@ std::tuple<Tensor, Tensor, Tensor> regional_attention_backward(Tensor grad, Tens
                                                                Tensor prompt_ids, Tensor weights, bool joint,
                                                                double scale, OptionalTensor order,
                                                                OptionalTensor lengths);
-std::tuple<Tensor, Tensor> attention_with_mass(Tensor query, Tensor key, Tensor value, Tensor prompt_ids,
-                                               Tensor weights, bool joint, double scale, OptionalTensor lengths);
 
 }  // namespace instantas

@@ -6,5 +6,4 @@ STABLE_TORCH_LIBRARY_IMPL(instantas_cpp, CPU, library) {
   library.impl("scatter_windows", TORCH_BOX(&instantas::scatter_windows));
   library.impl("guided_step", TORCH_BOX(&instantas::guided_step));
   library.impl("regional_attention", TORCH_BOX(&instantas::regional_attention));
-  library.impl("attention_with_mass", TORCH_BOX(&instantas::attention_with_mass));
 }

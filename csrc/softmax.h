@@ -109,10 +109,10 @@ struct Tile {
 };
 
 // results += factor softmax(logits + bias) values, by one softmax over the tokens of all the prompts.
-// bias: (prompts, TILE_ROWS); factor: (TILE_ROWS); mass: (TILE_ROWS), becomes the logarithm of the sum of exponentials.
+// bias: (prompts, TILE_ROWS); factor: (TILE_ROWS). Jointly, logits that are all -inf have no say; alone they give NaN.
 template <class K, class A = typename K::Element>
 INSTANTAS_KERNEL void attend_tile(const Tile<A>& tile, const Prompt<A>* prompts, int64_t count, const A* bias,
-                                  const A* factor, A* mass) {
+                                  const A* factor, bool joint) {
   using Vector = typename K::Vector;
   constexpr A NOTHING = -std::numeric_limits<A>::infinity();
   const int64_t width = padded(tile.depth, K::LANES);
@@ -141,7 +141,7 @@ INSTANTAS_KERNEL void attend_tile(const Tile<A>& tile, const Prompt<A>* prompts,
     A* logits = tile.logits + m * tile.pitch;
     A largest = NOTHING, sum = 0;
     for (int lane = 0; lane < K::LANES; ++lane) largest = top[m][lane] > largest ? top[m][lane] : largest;
-    if (mass && largest == NOTHING) largest = 0;  // jointly, logits that are all -inf have no say
+    if (joint && largest == NOTHING) largest = 0;
     Vector sums{};
     for (int64_t t = 0; t < end; t += K::LANES) {
       load(x, logits + t);
@@ -151,8 +151,7 @@ INSTANTAS_KERNEL void attend_tile(const Tile<A>& tile, const Prompt<A>* prompts,
       store(logits + t, x);
     }
     for (int lane = 0; lane < K::LANES; ++lane) sum += sums[lane];
-    if (mass && sum == 0) sum = 1;
-    if (mass) mass[m] = largest + std::log(sum);
+    if (joint && sum == 0) sum = 1;
     const A share = factor[m] / sum;
     for (int64_t t = 0; t < end; t += K::LANES) {
       load(x, logits + t);
@@ -171,29 +170,30 @@ INSTANTAS_KERNEL void attend_tile(const Tile<A>& tile, const Prompt<A>* prompts,
 // `attend_tile` for the processor it runs on, and how many elements its vectors have.
 template <class A>
 struct Attend {
-  using Function = void (*)(const Tile<A>&, const Prompt<A>*, int64_t, const A*, const A*, A*);
+  using Function = void (*)(const Tile<A>&, const Prompt<A>*, int64_t, const A*, const A*, bool);
   Function run;
   int64_t lanes;
 };
 
 template <class A>
-void attend_128(const Tile<A>& tile, const Prompt<A>* prompts, int64_t count, const A* bias, const A* factor, A* mass) {
-  attend_tile<Kind<A, 16, 2>>(tile, prompts, count, bias, factor, mass);
+void attend_128(const Tile<A>& tile, const Prompt<A>* prompts, int64_t count, const A* bias, const A* factor,
+                bool joint) {
+  attend_tile<Kind<A, 16, 2>>(tile, prompts, count, bias, factor, joint);
 }
 
 #ifdef __x86_64__
 
 template <class A>
 __attribute__((target("avx2,fma"))) void attend_256(const Tile<A>& tile, const Prompt<A>* prompts, int64_t count,
-                                                    const A* bias, const A* factor, A* mass) {
-  attend_tile<Kind<A, 32, 2>>(tile, prompts, count, bias, factor, mass);
+                                                    const A* bias, const A* factor, bool joint) {
+  attend_tile<Kind<A, 32, 2>>(tile, prompts, count, bias, factor, joint);
 }
 
 template <class A>
 __attribute__((target("avx512f,avx512dq,fma"))) void attend_512(const Tile<A>& tile, const Prompt<A>* prompts,
                                                                 int64_t count, const A* bias, const A* factor,
-                                                                A* mass) {
-  attend_tile<Kind<A, 64, 4>>(tile, prompts, count, bias, factor, mass);
+                                                                bool joint) {
+  attend_tile<Kind<A, 64, 4>>(tile, prompts, count, bias, factor, joint);
 }
 
 template <class A>

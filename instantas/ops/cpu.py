@@ -1,9 +1,11 @@
-"""The derivative of the host build's attention: the queries of each prompt together, through PyTorch's matrix products.
+"""The derivative of the host build's attention: the queries of a softmax together, through PyTorch's matrix products.
 
-In Python, since the time goes into those. The queries of a prompt are picked a chunk at a time, few enough for their
-logits to stay in cache. An order is taken and left alone: it puts the queries of a set of prompts together, for tiles
-that know no larger group, while here those of a prompt come together from all sets and all images.
+In Python, since the time goes into those. The queries of a prompt, jointly of a set of prompts, are picked a chunk at a
+time, few enough for their logits to stay in cache. An order is taken and left alone: it puts the queries of a set
+together, for tiles that know no larger group, while here they come together from all images.
 """
+
+import math
 
 import torch
 
@@ -29,31 +31,30 @@ def regional_attention_backward(
         regions = _Regions(query, key, prompt_ids, weights, joint)
         rows = _numbers(regions.any)
         queries, grads = (t.flatten(0, 1)[rows].to(wide) for t in (query, grad))
-        key, value = key.to(wide), value.to(wide)
-        if joint:
-            attend = torch.ops.instantas_cpp.attention_with_mass
-            results = attend(query.to(wide), key, value, prompt_ids, weights, joint, scale, lengths)
-            joined, mass = (t.flatten(0, 1)[rows] for t in results)
-        key, value, of_keys, of_values = (_tokens(t, lengths) for t in (key, value, grad_key, grad_value))
-        grad_queries = torch.zeros_like(queries)
-        for prompt, share in regions.shares.items():
-            share, k, v = share[rows], _by_head(key[prompt]), _by_head(value[prompt])
-            for some in _spans(share > 0):
-                part = share[some, None]
-                q, g = _by_head(queries[some]), _by_head(grads[some] if joint else grads[some] * part[..., None])
-                logits = _logits(queries[some], key[prompt], scale)
+        keys, values, of_keys, of_values = (
+            [_by_head(prompt) for prompt in _tokens(bank, lengths)]
+            for bank in (key.to(wide), value.to(wide), grad_key, grad_value)
+        )
+        grad_queries, shares = torch.zeros_like(queries), {p: share[rows] for p, share in regions.shares.items()}
+        for prompts, numbers in _softmaxes(shares, joint):
+            tokens = [keys[prompt].shape[1] for prompt in prompts]
+            k, v = (torch.cat([bank[prompt] for prompt in prompts], 1) for bank in (keys, values))
+            for some in map(_slice, numbers.split(CHUNK // len(prompts) + 1)):
+                q, g = _by_head(queries[some]), _by_head(grads[some])
+                logits = torch.baddbmm(q.new_empty(()), q, k.mT, beta=0, alpha=scale)
                 if joint:
-                    # the prompts share one softmax: what a logit gains is relative to the result of all of them; with
-                    # the share's logarithm it is at most 0, where e^logit by itself might be infinite
-                    probabilities = logits.add_((part.log() - mass[some]).T[..., None]).exp_()
-                    mean = (_by_head(joined[some]) * g).sum(-1, keepdim=True)
-                    of_logits = probabilities * torch.bmm(g, v.mT).sub_(mean)
+                    for prompt, columns in zip(prompts, logits.split(tokens, -1)):
+                        columns += shares[prompt][some, None].log()
+                    probabilities = _softmax(logits)
                 else:
+                    g = g * shares[prompts[0]][some, None]
                     probabilities = logits.softmax(-1)
-                    of_logits = torch._softmax_backward_data(torch.bmm(g, v.mT), probabilities, -1, wide)
+                of_logits = torch._softmax_backward_data(torch.bmm(g, v.mT), probabilities, -1, wide)
                 grad_queries[some] += _by_head(torch.bmm(of_logits, k))
-                of_keys[prompt] += _by_head(torch.bmm(of_logits.mT, q))
-                of_values[prompt] += _by_head(torch.bmm(probabilities.mT, g))
+                of_k, of_v = torch.bmm(of_logits.mT, q), torch.bmm(probabilities.mT, g)
+                for prompt, of_key, of_value in zip(prompts, of_k.split(tokens, 1), of_v.split(tokens, 1)):
+                    of_keys[prompt] += of_key
+                    of_values[prompt] += of_value
         grad_query.flatten(0, 1)[rows] = grad_queries.mul_(scale)
         grad_key.mul_(scale)
     return tuple(t.to(query.dtype) for t in (grad_query, grad_key, grad_value))
@@ -82,9 +83,13 @@ class _Regions:
             self.any |= share.div_(whole) > 0
 
 
-def _logits(query, key, scale):
-    """q K^T scale: (n, heads, D), (L, heads, D) -> (heads, n, L)."""
-    return torch.baddbmm(query.new_empty(()), _by_head(query), _by_head(key).mT, beta=0, alpha=scale)
+def _softmaxes(shares, joint):
+    """(prompts, numbers of the queries) that share a softmax: jointly all prompts of a query, otherwise each prompt."""
+    if not (joint and shares):
+        return [([prompt], _numbers(share > 0)) for prompt, share in shares.items()]
+    sets, which = torch.unique(torch.stack([*shares.values()]) > 0, dim=1, return_inverse=True)
+    names = [*shares]
+    return [([names[p] for p in _numbers(chosen)], _numbers(which == i)) for i, chosen in enumerate(sets.T)]
 
 
 def _by_head(rows):
@@ -99,16 +104,22 @@ def _tokens(bank, lengths):
     return [tokens[:length] for tokens, length in zip(bank, lengths.clamp(1, bank.shape[1]).tolist())]
 
 
+def _softmax(logits):
+    """Of logits of which some or all may be -inf: then there is no probability."""
+    peak = logits.amax(-1, keepdim=True)
+    mass = logits.sub_(peak.masked_fill_(peak == -math.inf, 0)).exp_()
+    whole = mass.sum(-1, keepdim=True)
+    return mass.div_(whole.masked_fill_(whole == 0, 1))
+
+
 def _numbers(chosen):
     return chosen.nonzero()[:, 0]
 
 
-def _spans(chosen):
-    """Chunks of the chosen numbers, as slices where they are contiguous, which index without a copy."""
-    numbers = _numbers(chosen)
-    for rows in numbers.split(CHUNK) if len(numbers) else ():
-        first, last = int(rows[0]), int(rows[-1])
-        yield slice(first, last + 1) if last - first + 1 == len(rows) else rows
+def _slice(rows):
+    """Numbers that are contiguous as a slice, which indexes without a copy."""
+    first, last = (int(rows[0]), int(rows[-1])) if len(rows) else (0, -1)
+    return slice(first, last + 1) if last - first + 1 == len(rows) else rows
 
 
 def _wide(dtype):

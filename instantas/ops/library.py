@@ -12,7 +12,7 @@ import torch
 
 from .. import __version__
 from . import cpu, stamp
-from .schemas import MASS, SCHEMAS
+from .schemas import SCHEMAS
 
 
 class Library:
@@ -23,10 +23,9 @@ class Library:
         path: Path,
         namespace: str,
         key: str,
-        schemas: Mapping[str, str] = SCHEMAS,
         python: Mapping[str, Callable[..., Any]] = {},  # noqa: B006  (operators that are written in Python)
     ) -> None:
-        self.path, self.namespace, self.key, self.schemas, self.python = path, namespace, key, schemas, python
+        self.path, self.namespace, self.key, self.python = path, namespace, key, python
         self._operators: torch.library.Library | None = None  # their definitions go with it
 
     @functools.cached_property
@@ -38,7 +37,7 @@ class Library:
         """Define the operators, which the library then implements."""
         if self._operators is None:
             self._operators = torch.library.Library(self.namespace, "DEF")
-            for name, schema in self.schemas.items():
+            for name, schema in SCHEMAS.items():
                 self._operators.define(name + schema.replace("SymInt[]", "int[]"))
             for name, function in self.python.items():
                 self._operators.impl(name, function, self.key)
@@ -56,7 +55,7 @@ class Library:
         except OSError as error:
             return f"{self.path.name} does not load: {str(error.__cause__ or error).splitlines()[0]}"
         has = torch._C._dispatch_has_kernel_for_dispatch_key
-        missing = [name for name in self.schemas if not has(f"{self.namespace}::{name}", self.key)]
+        missing = [name for name in SCHEMAS if not has(f"{self.namespace}::{name}", self.key)]
         return f"{self.path.name} lacks {', '.join(missing)}" if missing else None
 
     def functions(self) -> dict[str, Callable[..., Any]]:
@@ -68,7 +67,6 @@ CPP = Library(
     stamp.PACKAGE / "libinstantas_cpu.so",
     "instantas_cpp",
     "CPU",
-    SCHEMAS | MASS,
-    {"regional_attention_backward": cpu.regional_attention_backward},
+    python={"regional_attention_backward": cpu.regional_attention_backward},
 )
 CUDA = Library(stamp.PACKAGE / "libinstantas_cuda.so", "instantas_cuda", "CUDA")

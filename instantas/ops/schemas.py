@@ -16,10 +16,3 @@ SCHEMAS = {
     "regional_attention_backward": "(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor prompt_ids, "
     "Tensor weights, bool joint, float scale, Tensor? order=None, Tensor? lengths=None) -> (Tensor, Tensor, Tensor)",
 }
-
-# What the host library offers besides: attention, and where it is joint (B, N, heads) logarithms of the sums of
-# exponentials, which its derivative needs (instantas/ops/cpu.py).
-MASS = {
-    "attention_with_mass": "(Tensor query, Tensor key, Tensor value, Tensor prompt_ids, Tensor weights, bool joint, "
-    "float scale, Tensor? lengths) -> (Tensor, Tensor)",
-}

@@ -131,6 +131,17 @@ def test_cells_of_one_window_are_copied(backend, plan, dtype):
 
 
 @pytest.mark.parametrize("mode", ["blend", "joint"])
+@pytest.mark.parametrize("size", [300, 3000])
+@pytest.mark.parametrize("case", [(5, 8, 30, 3), (36, 40, 43, 2), (46, 40, 17, 4), (8, 64, 31, 1)], ids=str)
+def test_derivatives_of_logits_of_thousands(backend, case, size, mode):
+    """The one probability that is left must not be off by what logits of that size are rounded."""
+    queries, depth, tokens, regions = case
+    query, *bank = attention_inputs(1, queries, 2, depth, 4, tokens, regions)
+    inputs = [query * size, *bank, region_weights(1, regions, queries)]
+    judge(backend, partial(ops.regional_attention, mode=mode), inputs, torch.float32, 3, attention=True)
+
+
+@pytest.mark.parametrize("mode", ["blend", "joint"])
 def test_large_logits_and_tiny_weights(backend, mode):
     query, key, value, ids = attention_inputs(1, 90, 2, 16, 3, 20, 3)
     weights = region_weights(1, 3, 90) * torch.tensor([1.0, 1e-6, 1e-12])[:, None]
