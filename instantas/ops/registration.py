@@ -86,7 +86,7 @@ def repeated(operation: str, tensor: Any, plan: Any) -> tuple[Callable[..., Any]
 
     Such a call was found right: with cold caches its checks and tables take longer than a small canvas takes to copy.
     """
-    if type(plan) is not WindowPlan or forced or _watched() or not _plain(tensor):
+    if type(plan) is not WindowPlan or _watched() or forced or not _plain(tensor):
         return None
     return plan.calls.get(_kind(operation, tensor))
 

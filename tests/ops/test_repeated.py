@@ -95,6 +95,16 @@ def test_compilers_and_tracers(plan):
         torch.testing.assert_close(leaf.grad, 2 * other)
 
 
+def test_a_graph_knows_nothing_of_it(plan):
+    compiled = torch.compile(lambda x: squares(x, plan), fullgraph=True, backend="aot_eager")
+    compiled(CANVAS)
+    squares(torch.cat([CANVAS, CANVAS]), plan)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        compiled(CANVAS)
+        with ops.use_backend("reference"):
+            compiled(CANVAS)
+
+
 def test_modes_and_classes(plan):
     with FakeTensorMode():
         result = squares(torch.zeros(CANVAS.shape), plan)
