@@ -7,10 +7,9 @@
 #include <limits>
 #include <type_traits>
 
-namespace instantas {
+#include "processor.h"
 
-// Compiled into each of the functions that are made for a kind of processor, with its instructions.
-#define INSTANTAS_KERNEL inline __attribute__((always_inline))
+namespace instantas {
 
 constexpr int TILE_ROWS = 6;  // queries a tile: with strips of 4 vectors, 24 of the 32 registers are sums
 

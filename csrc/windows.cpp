@@ -94,16 +94,37 @@ void copy_windows(const T* windows, T* canvas, const Plan& plan, int64_t images)
   });
 }
 
-// The cells of a tile that has one window.
-template <class T>
-void copy_window(const Plan& plan, const CanvasTile& tile, const T* windows, int64_t image, T* canvas) {
-  for (int channel = 0; channel < plan.channels; ++channel)
-    for_each_run(plan, tile, [&](int window, int i, int j, int cell, int count) {
-      const int y = tile.y.begin + cell / plan.tile_x, x = tile.x.begin + cell % plan.tile_x;
-      std::copy_n(windows + plan.window_offset(image, window, channel, i, j), count,
-                  canvas + plan.canvas_offset(image, channel, y, x));
-    });
-}
+struct Merge {
+  template <class T, class A>
+  static INSTANTAS_KERNEL void run(const T* const& windows, const Overlap<A>& overlap, T* const& canvas,
+                                   const Plan& plan, bool normalize, int64_t begin, int64_t end) {
+    const int64_t tiles = int64_t{plan.tiles_y()} * plan.tiles_x();
+    Cover<A> cover(plan, overlap);
+    std::vector<A> merged(int64_t{plan.tile_y} * plan.tile_x);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t image = task / tiles;
+      cover.visit(task % tiles);
+      for (int channel = 0; channel < plan.channels; ++channel)
+        for (const Block& block : cover.blocks) {
+          T* to = canvas + plan.canvas_offset(image, channel, cover.y.begin + block.y, cover.x.begin + block.x);
+          if (normalize && block.window >= 0) {
+            const T* from = windows + plan.window_offset(image, block.window, channel, block.i, block.j);
+            for (int row = 0; row < block.rows; ++row, from += plan.w, to += plan.width)
+              std::copy_n(from, block.columns, to);
+            continue;
+          }
+          if (normalize && block.window == SEVERAL)
+            cover.average(block, windows, image, channel, merged.data());
+          else
+            cover.sum(block, windows, image, channel, merged.data());
+          for (int row = 0; row < block.rows; ++row, to += plan.width) {
+            const A* from = merged.data() + cover.cell(block, row);
+            for (int k = 0; k < block.columns; ++k) to[k] = narrow<T>(from[k]);
+          }
+        }
+    }
+  }
+};
 
 template <class T, class A>
 void scatter(const T* windows, const Overlap<A>& overlap, T* canvas, const Plan& plan, int64_t images, bool normalize) {
@@ -113,31 +134,7 @@ void scatter(const T* windows, const Overlap<A>& overlap, T* canvas, const Plan&
   if (normalize && plan.windows * plan.window_plane() == plan.canvas_plane())
     return copy_windows(windows, canvas, plan, images);
   torch::stable::parallel_for(0, images * tiles, grain, [&](int64_t begin, int64_t end) {
-    std::vector<A> norm(area), total(area);
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t image = task / tiles;
-      const CanvasTile tile(plan, task % tiles);
-      if (normalize && tile.has_one_window()) {
-        copy_window(plan, tile, windows, image, canvas);
-        continue;
-      }
-      std::fill(norm.begin(), norm.end(), A(0));
-      if (normalize) sum_weights(plan, tile, overlap, norm.data());
-      for (int channel = 0; channel < plan.channels; ++channel) {
-        std::fill(total.begin(), total.end(), A(0));
-        sum_windows(plan, tile, overlap, windows, image, channel, total.data());
-        for (int y = tile.y.begin; y < tile.y.end; ++y) {
-          const A* sum = total.data() + (y - tile.y.begin) * plan.tile_x;
-          const A* weight = norm.data() + (y - tile.y.begin) * plan.tile_x;
-          T* out = canvas + plan.canvas_offset(image, channel, y, tile.x.begin);
-          const int count = tile.x.end - tile.x.begin;
-          if (normalize)
-            for (int x = 0; x < count; ++x) out[x] = narrow<T>(sum[x] / weight[x]);
-          else
-            for (int x = 0; x < count; ++x) out[x] = narrow<T>(sum[x]);
-        }
-      }
-    }
+    run_for_processor<Merge>(windows, overlap, canvas, plan, normalize, begin, end);
   });
 }
 
@@ -156,7 +153,7 @@ Tensor scatter_windows(Tensor windows, OptionalTensor weight, Tensor origins, Te
   with_element(windows, [&](auto element) {
     using T = decltype(element);
     using A = arithmetic_t<T>;
-    const Overlap<A> overlap{data<A>(call.weight), weight_stride(call.weight)};
+    const Overlap<A> overlap{data<A>(call.weight), weight_stride(call.weight), false};
     scatter(data<T>(call.windows), overlap, mutable_data<T>(call.canvas), call.plan, windows.size(0), normalize);
   });
   return call.canvas;
