@@ -1,5 +1,6 @@
 // gather_windows and scatter_windows on the host.
 #include <algorithm>
+#include <limits>
 
 #include "cover.h"
 #include "host.h"
@@ -113,7 +114,9 @@ struct Merge {
               std::copy_n(from, block.columns, to);
             continue;
           }
-          if (normalize && block.window == SEVERAL)
+          if (normalize && block.window == NONE)  // which only the operator itself lets through
+            std::fill(merged.begin(), merged.end(), std::numeric_limits<A>::quiet_NaN());
+          else if (normalize)
             cover.average(block, windows, image, channel, merged.data());
           else
             cover.sum(block, windows, image, channel, merged.data());
