@@ -20,8 +20,21 @@ __attribute__((target("avx2"))) void run_256(const Arguments&... arguments) {
   Kernel::run(arguments...);
 }
 
+// AVX-512 has fused multiplications of its own, which GCC is told to leave alone.
+template <class Kernel, class... Arguments>
+__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl"), optimize("fp-contract=off"))) void run_512(
+    const Arguments&... arguments) {
+  Kernel::run(arguments...);
+}
+
+inline bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+
 template <class Kernel, class... Arguments>
 void run_for_processor(const Arguments&... arguments) {
+  if (has_avx512()) return run_512<Kernel>(arguments...);
   if (__builtin_cpu_supports("avx2")) return run_256<Kernel>(arguments...);
   run_128<Kernel>(arguments...);
 }

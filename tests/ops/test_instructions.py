@@ -27,7 +27,7 @@ CONTROL = """
 void start(void) { CALLGRIND_START_INSTRUMENTATION; CALLGRIND_ZERO_STATS; }
 void stop(const char* name) { CALLGRIND_DUMP_STATS_AT(name); CALLGRIND_STOP_INSTRUMENTATION; }
 """
-# Instructions for each element of the result, and in thousands for the call itself; counted with gcc 12, Python 3.11, AVX2.
+# Instructions for each element of the result, and in thousands for the call itself; counted with gcc 12 and AVX2.
 # Whoever makes them fewer writes the new count here.
 COUNTED = {
     "gather, float32": (1.6, 115),

@@ -29,7 +29,8 @@ int run(int bits, void** p, const int64_t* n, double guidance) {
   const int64_t tiles = images * plan.tiles_y() * plan.tiles_x();
   if (bits == 128) return run_128<Advance>(step, numbers, overlap, plan, 0, tiles), 1;
 #ifdef __x86_64__
-  if (__builtin_cpu_supports("avx2")) return run_256<Advance>(step, numbers, overlap, plan, 0, tiles), 1;
+  if (bits == 512 && has_avx512()) return run_512<Advance>(step, numbers, overlap, plan, 0, tiles), 1;
+  if (bits == 256 && __builtin_cpu_supports("avx2")) return run_256<Advance>(step, numbers, overlap, plan, 0, tiles), 1;
 #endif
   return 0;
 }
@@ -54,7 +55,7 @@ def kernels(tmp_path_factory):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("bits", [128, 256])
+@pytest.mark.parametrize("bits", [128, 256, 512])
 def test_a_step_has_the_same_bits_on_every_processor(kernels, bits, dtype):
     if (state := ops.backends()["cpp"]) != "available":
         pytest.skip(f"cpp: {state}")
