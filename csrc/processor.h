@@ -20,7 +20,9 @@ __attribute__((target("avx2"))) void run_256(const Arguments&... arguments) {
   Kernel::run(arguments...);
 }
 
-// AVX-512 has fused multiplications of its own, which GCC is told to leave alone.
+#ifndef __clang__
+
+// AVX-512 has fused multiplications of its own, which GCC can be told to leave alone; clang's build takes AVX2.
 template <class Kernel, class... Arguments>
 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl"), optimize("fp-contract=off"))) void run_512(
     const Arguments&... arguments) {
@@ -32,9 +34,13 @@ inline bool has_avx512() {
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 
+#endif
+
 template <class Kernel, class... Arguments>
 void run_for_processor(const Arguments&... arguments) {
+#ifndef __clang__
   if (has_avx512()) return run_512<Kernel>(arguments...);
+#endif
   if (__builtin_cpu_supports("avx2")) return run_256<Kernel>(arguments...);
   run_128<Kernel>(arguments...);
 }
