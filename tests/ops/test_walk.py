@@ -74,11 +74,20 @@ def test_tiles_of_one_prompt_several_and_none(depth, tokens):
 
 
 @pytest.mark.parametrize("depth", DEPTHS)
-def test_memory_that_is_not_aligned(depth):
+@pytest.mark.parametrize("prompts, tokens", [(1, 20), (2, 90)])
+def test_memory_that_is_not_aligned(depth, prompts, tokens):
+    """It is written at once, not when it is waited for: over what other warps may be reading still."""
     rows = emulated.attention_rows(depth)
-    *bank, ids = attention_inputs(1, 5 * rows, 1, depth - 1, 1, 20, 1)
-    inputs = [*bank, ids, torch.ones(1, 1, 5 * rows)]
-    assert torch.equal(attend(inputs), tile_by_tile(inputs, rows))
+    query, key, value, _ = attention_inputs(1, 10 * rows, 1, depth - 1, prompts, tokens, prompts)
+    ids = torch.arange(prompts, dtype=torch.int32)[None]
+    weights = region_weights(1, prompts, 10 * rows)
+    weights[0, 0].view(-1, 16)[::2] = 0  # warps that skip a prompt run ahead of the others
+    inputs = [query, key, value, ids, weights]
+    walked = attend(inputs)
+    assert torch.equal(walked, tile_by_tile(inputs, rows))
+    for seed in (1, 2):
+        with emulated.order(seed):
+            assert torch.equal(attend(inputs), walked)
 
 
 @pytest.mark.parametrize("depth", DEPTHS)
