@@ -75,8 +75,8 @@ void run(const Attention<T>& attention, const Tensor& query, const Stream& strea
   const int matrices = Shape::MATRICES + (ActiveRows<Shape::ROWS, 2>::size(attention.slots) + 15) / 16 * 16;
   const int second = matrices + Shape::QUERIES;
 
-  // As many blocks as run at once, when all tiles take as long. With several prompts some take longer: then there are
-  // four times as many blocks, which start as others end. More than 2^31 - 1 tiles are left to the launch to refuse.
+  // As many blocks as run at once, where one prompt makes tiles alike. With several prompts some take longer: then there
+  // are four times as many blocks, which start as others end. The launch refuses more than 2^31 - 1 tiles.
   const int64_t tiles = tiles_of(query, Shape::ROWS), rounds = attention.slots == 1 ? 1 : 4;
   const int64_t running = int64_t{gpu.count} * std::max(fit(matrices), 1);
   const int64_t blocks = tiles > 0x7fffffff ? tiles : std::min(tiles, running * rounds);
