@@ -228,8 +228,9 @@ Written by `python -m bench.resources`, ahead of time: nothing was run. The most
 
 Shared bytes are the static ones; sm_90a counts 1024 that the system keeps for itself. The attention kernels ask for
 more when they are launched, 4 bytes for each region and 32 queries and besides: 24 KiB for half precision and D = 32,
-42 for 64, 46 for 96, 74 for 160, 83 for 256; with float32 arithmetic and D = 256, 81 forward, 97 backward. Every
-architecture since sm_80 has 99 KiB.
+42 for 64, 47 for 96, 75 for 160, 84 for 256; with float32 arithmetic and D = 256, 81 forward, 97 backward. Every
+architecture since sm_80 has 99 KiB. In half precision a second buffer for queries takes 10 to 33 KiB where as many
+blocks fit a multiprocessor with it (`docs/kernels.md`).
 
 `wgmma` was not tried on sm_90a, where `mma.sync` runs as everywhere: which of the two is faster is not measured.
 

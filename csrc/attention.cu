@@ -1,4 +1,5 @@
 // regional_attention and its backward pass on the device.
+#include <algorithm>
 #include <cmath>
 
 #include "attention.cuh"
@@ -62,11 +63,29 @@ int64_t tiles_of(const Tensor& query, int rows) {
   return query.size(0) * query.size(2) * ((query.size(1) + rows - 1) / rows);
 }
 
+// A block computes one tile after the other, so that it stages a prompt's keys and values once for many.
 template <class T, int DEPTH>
 void run(const Attention<T>& attention, const Tensor& query, const Stream& stream) {
   using Shape = MmaShape<DEPTH>;
-  check(launch(attention_kernel<T, DEPTH>, tiles_of(query, Shape::ROWS), Shape::WARPS * WARP,
-               Shape::MATRICES + ActiveRows<Shape::ROWS>::size(attention.slots), stream, attention));
+  Multiprocessors gpu;
+  check(find_multiprocessors(gpu));
+  const auto fit = [&](int shared) {
+    return std::min(Shape::BLOCKS, gpu.shared / (shared + Multiprocessors::RESERVED));
+  };
+  const int matrices = Shape::MATRICES + (ActiveRows<Shape::ROWS, 2>::size(attention.slots) + 15) / 16 * 16;
+  const int second = matrices + Shape::QUERIES;
+
+  // As many blocks as run at once, where one prompt makes tiles alike. With several prompts some take longer: then there
+  // are four times as many blocks, which start as others end. The launch refuses more than 2^31 - 1 tiles.
+  const int64_t tiles = tiles_of(query, Shape::ROWS), rounds = attention.slots == 1 ? 1 : 4;
+  const int64_t running = int64_t{gpu.count} * std::max(fit(matrices), 1);
+  const int64_t blocks = tiles > 0x7fffffff ? tiles : std::min(tiles, running * rounds);
+  // a second buffer for queries, where it costs no block its place
+  const bool ahead = blocks < tiles && fit(second) == fit(matrices);
+  const Walk walk{Divisor((query.size(1) + Shape::ROWS - 1) / Shape::ROWS), Divisor(query.size(2)),
+                  static_cast<int>(tiles / blocks), static_cast<int>(tiles % blocks), matrices / 2, ahead};
+  check(launch(attention_kernel<T, DEPTH>, blocks, Shape::WARPS * WARP, ahead ? second : matrices, stream, attention,
+               walk));
 }
 
 void forward(const Attention<float>& attention, const Tensor& query, const Stream& stream) {

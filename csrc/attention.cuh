@@ -7,6 +7,7 @@
 #pragma once
 
 #include "attention_tiles.cuh"
+#include "walk.cuh"
 
 namespace instantas {
 
@@ -18,7 +19,7 @@ struct MmaShape {
   static constexpr int BLOCKS = DEPTH <= 64 ? 2 : DEPTH <= 128 ? 3 : 2;  // that share a multiprocessor's registers
   static constexpr int TOKENS = DEPTH <= 160 ? 80 : 48;  // staged at a time
   static constexpr int PITCH = DEPTH + 8;  // elements between rows: the 8 rows of a matrix lie in different banks
-  static constexpr int MATRICES = (ROWS + 2 * TOKENS) * PITCH * 2;  // bytes
+  static constexpr int QUERIES = ROWS * PITCH * 2, MATRICES = QUERIES + 2 * TOKENS * PITCH * 2;  // bytes
 };
 
 // Rows of `depth` elements, `stride` apart in memory, into shared memory, the one of number(i) as the i-th: zeros past
@@ -26,17 +27,19 @@ struct MmaShape {
 template <int ROWS, int DEPTH, class T, class Number>
 __device__ __forceinline__ void stage(T* shared, const T* rows, const Number& number, int count, int64_t stride,
                                       int depth, bool aligned) {
-  constexpr int PITCH = DEPTH + 8, PACKS = DEPTH / 8;
+  constexpr int PITCH = DEPTH + 8, PACKS = DEPTH / 8, THREADS = MmaShape<DEPTH>::WARPS * WARP;
+  const int thread = thread_of_block();
   if (aligned) {
-#pragma unroll 4  // copies wait for nothing: all of them at once would take registers
-    for (int i = threadIdx.x; i < ROWS * PACKS; i += blockDim.x) {
+#pragma unroll 2  // copies wait for nothing: all of them at once would take registers
+    for (int i = thread; i < ROWS * PACKS; i += THREADS) {
       const int row = i / PACKS, d = i % PACKS * 8;
       const int source = number(row);
       const bool inside = source < count && d < depth;
       copy_async(shared + row * PITCH + d, inside ? rows + source * stride + d : rows, inside);
     }
   } else {
-    for (int i = threadIdx.x; i < ROWS * DEPTH; i += blockDim.x) {
+#pragma unroll 1
+    for (int i = thread; i < ROWS * DEPTH; i += THREADS) {
       const int row = i / DEPTH, d = i % DEPTH;
       const int source = number(row);
       shared[row * PITCH + d] = source < count && d < depth ? rows[source * stride + d] : narrow<T>(0.0f);
@@ -68,13 +71,12 @@ __device__ __forceinline__ void find_logits(float (&logits)[2 * PAIRS][4], const
       multiply_add(logits[2 * pair + 1], a, b[2], b[3], T{});
     }
   }
+  const int left = count - lane % 4 * 2;  // compared with constants: a token's number takes a register
 #pragma unroll
   for (int fragment = 0; fragment < 2 * PAIRS; ++fragment)
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int token = fragment * 8 + lane % 4 * 2 + i % 2;
-      logits[fragment][i] = token < count ? logits[fragment][i] * scale : -INFINITY;
-    }
+    for (int i = 0; i < 4; ++i)
+      logits[fragment][i] = fragment * 8 + i % 2 < left ? logits[fragment][i] * scale : -INFINITY;
 }
 
 // result += probabilities value for the first `count` tokens at `value`.
@@ -151,132 +153,170 @@ struct Softmax {
   }
 };
 
-template <class T, int DEPTH>
-__global__ void __launch_bounds__(MmaShape<DEPTH>::WARPS* WARP, MmaShape<DEPTH>::BLOCKS)
-    attention_kernel(Attention<T> attention) {
-  using Shape = MmaShape<DEPTH>;
-  constexpr int ROWS = Shape::ROWS, TOKENS = Shape::TOKENS, PITCH = Shape::PITCH, PAIRS = TOKENS / 16;
-  T* const queries = reinterpret_cast<T*>(shared_memory());
-  T* const keys = queries + ROWS * PITCH;
-  T* const values = keys + TOKENS * PITCH;
-  ActiveRows<ROWS> active(shared_memory() + Shape::MATRICES);
-
-  const int tiles = (attention.queries + ROWS - 1) / ROWS;
-  const int head = blockIdx.x % attention.heads, first = blockIdx.x / attention.heads % tiles * ROWS;
-  const int64_t image = blockIdx.x / attention.heads / tiles;
-  const int64_t stride = int64_t{attention.heads} * attention.depth;
-  const int lane = threadIdx.x % WARP, warp_row = threadIdx.x / WARP * 16;  // the warp's first row
-  T* const warp_queries = queries + warp_row * PITCH;
-
-  // rows are told from the tile's first in raster order: told from the first of all they take 8 registers more
-  const int left = attention.queries - first;
-  stage<ROWS, DEPTH>(queries, attention.query + attention.query_offset(image, first, head),
-                     [&](int row) { return attention.row(image, first + row) - first; }, left, stride, attention.depth,
-                     attention.aligned);
-  active.find(attention, image, first);
-  sync_block();
-
-  float result[DEPTH / 8][4] = {};
-  Softmax softmax;  // jointly of all prompts, else of the present one
-  for (int slot = 0; slot < attention.slots; ++slot) {
-    if (!active.anywhere(slot)) continue;
-    const int prompt = attention.prompt(image, slot);
-    const bool warp_active = active.template among<16>(slot, warp_row);
-    float share[2];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = warp_row + lane / 4 + 8 * half;
-      share[half] = warp_active ? attention.weight(image, slot, active.number(row)) / active.norm(row) : 0.0f;
-    }
-    if (!attention.joint) softmax = Softmax();
-
-    // a softmax of its own over more tokens than are staged at once takes two passes: its sum, then its terms
-    const bool twice = !attention.joint && attention.length(prompt) > TOKENS;
-    for (int pass = twice ? 0 : 1; pass < 2; ++pass) {
-      const bool summing = pass == 0 || !twice;
-      // the length is looked up again: kept beside the results it spills at D = 128
-      for (int start = 0; start < attention.length(prompt); start += TOKENS) {
-        const int count = attention.length(prompt) - start;
-        const int64_t offset = attention.key_offset(prompt, start, head);
-        const auto stage_tokens = [&](T* shared, const T* bank) {
-          stage<TOKENS, DEPTH>(shared, bank + offset, [](int token) { return token; }, count, stride, attention.depth,
-                               attention.aligned);
-        };
-        sync_block();
-        stage_tokens(keys, attention.key);
-        if (pass == 1)
-          stage_tokens(values, attention.value);
-        else
-          close_copy_group();
-        wait_for_copies<1>();
-        sync_block();
-        float logits[2 * PAIRS][4];
-        if (warp_active) {
-          find_logits<DEPTH, PAIRS>(logits, warp_queries, keys, count, attention.scale_base2);
-          // jointly the share is a term of the exponent, so that no term exceeds 1
-          const float bias[2] = {attention.joint ? log2f(share[0]) : 0.0f, attention.joint ? log2f(share[1]) : 0.0f};
-          if (summing) {
-            float factor[2];
-            softmax.raise(logits, bias, factor);
-            if (attention.joint) {
-#pragma unroll
-              for (int d = 0; d < DEPTH / 8; ++d)
-#pragma unroll
-                for (int i = 0; i < 4; ++i) result[d][i] *= factor[i / 2];
-            }
-          }
-          softmax.exponentiate(logits, bias, summing);
-          if (!attention.joint && pass == 1) {
-#pragma unroll
-            for (int fragment = 0; fragment < 2 * PAIRS; ++fragment)
-#pragma unroll
-              for (int i = 0; i < 4; ++i) logits[fragment][i] *= share[i / 2] / softmax.sum[i / 2];
-          }
-        }
-        wait_for_copies<0>();
-        sync_block();
-        if (warp_active && pass == 1) add_values<DEPTH, PAIRS>(result, logits, values, count);
-      }
-    }
-  }
-
-  if (attention.joint) {  // blended, each prompt's terms are divided by their own sum already
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const float factor = softmax.sum[half] > 0.0f ? 1.0f / softmax.sum[half] : 1.0f;
-#pragma unroll
-      for (int d = 0; d < DEPTH / 8; ++d) {
-        result[d][2 * half] *= factor;
-        result[d][2 * half + 1] *= factor;
-      }
-    }
-  }
-
-  // through shared memory, where the warp's queries were: rows leave in packs of 16 bytes
-  wait_for_copies<0>();
-  sync_block();
+// The block's rows of `result` to where number(i) says, if it is less than `count`: through each warp's own rows of
+// shared memory, so that they leave in packs of 16 bytes.
+template <int DEPTH, class T, class Number>
+__device__ __forceinline__ void store_result(T* out, T* shared, const float (&result)[DEPTH / 8][4],
+                                             const Number& number, int count, int64_t stride, int depth, bool aligned) {
+  constexpr int PITCH = DEPTH + 8, PACKS = DEPTH / 8;
+  const int thread = thread_of_block(), lane = thread % WARP, warp_row = thread / WARP * 16;
+  T* const rows = shared + warp_row * PITCH;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    T* row = warp_queries + (lane / 4 + 8 * half) * PITCH + lane % 4 * 2;
+    T* row = rows + (lane / 4 + 8 * half) * PITCH + lane % 4 * 2;
 #pragma unroll
-    for (int d = 0; d < DEPTH / 8; ++d) {
+    for (int d = 0; d < PACKS; ++d) {
       const unsigned word = pack_pair<T>(result[d][2 * half], result[d][2 * half + 1]);
       memcpy(row + d * 8, &word, sizeof word);
     }
   }
   sync_warp();
-  T* const out = attention.out + attention.query_offset(image, first, head);
-  if (attention.aligned) {
-    for (int i = lane; i < 16 * (DEPTH / 8); i += WARP) {
-      const int row = i / (DEPTH / 8), d = i % (DEPTH / 8) * 8, to = active.number(warp_row + row) - first;
-      if (to < left && d < attention.depth)
-        store<8>(out + to * stride + d, load<8>(warp_queries + row * PITCH + d));
+  if (aligned) {
+    for (int i = lane; i < 16 * PACKS; i += WARP) {
+      const int row = i / PACKS, d = i % PACKS * 8, to = number(warp_row + row);
+      if (to < count && d < depth) store<8>(out + to * stride + d, load<8>(rows + row * PITCH + d));
     }
   } else {
+#pragma unroll 1
     for (int i = lane; i < 16 * DEPTH; i += WARP) {
-      const int row = i / DEPTH, d = i % DEPTH, to = active.number(warp_row + row) - first;
-      if (to < left && d < attention.depth) out[to * stride + d] = warp_queries[row * PITCH + d];
+      const int row = i / DEPTH, d = i % DEPTH, to = number(warp_row + row);
+      if (to < count && d < depth) out[to * stride + d] = rows[row * PITCH + d];
     }
+  }
+}
+
+template <class T, int DEPTH>
+__global__ void __launch_bounds__(MmaShape<DEPTH>::WARPS* WARP, MmaShape<DEPTH>::BLOCKS)
+    attention_kernel(Attention<T> attention, Walk walk) {
+  using Shape = MmaShape<DEPTH>;
+  constexpr int ROWS = Shape::ROWS, TOKENS = Shape::TOKENS, PITCH = Shape::PITCH, PAIRS = TOKENS / 16;
+  T* const queries = reinterpret_cast<T*>(shared_memory());
+  T* const keys = queries + ROWS * PITCH;
+  T* const values = keys + TOKENS * PITCH;
+  ActiveRows<ROWS, 2> active(shared_memory() + Shape::MATRICES);
+  const int64_t stride = int64_t{attention.heads} * attention.depth;
+  const int lane = threadIdx.x % WARP, warp_row = threadIdx.x / WARP * 16;  // the warp's first row
+
+  const int end = walk.begin(block_of_grid() + 1);
+  int staged = -1;  // the prompt whose keys and values are all there, for the present head
+  for (int tile = walk.begin(block_of_grid()) - walk.ahead; tile < end; ++tile) {
+    sync_block();  // nobody reads what the tile before left
+    if (const int next = tile + walk.ahead; next < end) {
+      const auto [image, head, number] = walk.place(next);
+      const int first = number * ROWS, buffer = walk.buffer(next);
+      active.locate(attention, image, first, buffer);
+      sync_block();
+      // rows are told from the tile's first in raster order: told from the first of all they take registers
+      stage<ROWS, DEPTH>(queries + buffer * walk.second, attention.query + attention.query_offset(image, first, head),
+                         [&](int row) { return active.number(row, buffer) - first; }, attention.queries - first, stride,
+                         attention.depth, attention.aligned);
+    } else {
+      close_copy_group();
+    }
+    if (tile < walk.begin(block_of_grid())) continue;
+
+    const auto [image, head, number] = walk.place(tile);
+    const int first = number * ROWS, left = attention.queries - first;
+    T* const warp_queries = queries + walk.buffer(tile) * walk.second + warp_row * PITCH;
+    if (first == 0) staged = -1;
+    active.weigh_located(attention, image, walk.buffer(tile));
+    sync_block();
+
+    float result[DEPTH / 8][4] = {};
+    Softmax softmax;  // jointly of all prompts, else of the present one
+    for (int slot = 0; slot < attention.slots; ++slot) {
+      if (!active.anywhere(slot)) continue;
+      const int prompt = attention.prompt(image, slot);
+      const bool warp_active = active.template among<16>(slot, warp_row);
+      float share[2];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = warp_row + lane / 4 + 8 * half;
+        share[half] = 0.0f;
+        if (warp_active)
+          share[half] = attention.weight(image, slot, active.number(row, walk.buffer(tile))) / active.norm(row);
+      }
+      if (!attention.joint) softmax = Softmax();
+
+      // a softmax of its own over more tokens than are staged at once takes two passes: its sum, then its terms
+      const bool twice = !attention.joint && attention.length(prompt) > TOKENS;
+      for (int pass = twice ? 0 : 1; pass < 2; ++pass) {
+        const bool summing = !twice || pass == 0;
+        // the length is looked up again: kept beside the results it spills at D = 128
+        for (int start = 0; start < attention.length(prompt); start += TOKENS) {
+          const int count = attention.length(prompt) - start;
+          const bool fresh = prompt != staged;
+          if (fresh) {
+            const int64_t offset = attention.key_offset(prompt, start, head);
+            sync_block();
+#pragma unroll 1  // one code for both
+            for (int i = 0; i < 2; ++i) {
+              if (i == 0 || pass == 1)
+                stage<TOKENS, DEPTH>(i == 0 ? keys : values, (i == 0 ? attention.key : attention.value) + offset,
+                                     [](int token) { return token; }, count, stride, attention.depth,
+                                     attention.aligned);
+              else
+                close_copy_group();
+            }
+            staged = attention.length(prompt) <= TOKENS ? prompt : -1;
+          } else if (!walk.ahead) {
+            close_copy_group();  // after the queries
+          }
+          if (fresh || !walk.ahead) {  // queries copied ahead were there when the last tile ended
+            wait_for_copies<1>();
+            sync_block();
+          }
+          float logits[2 * PAIRS][4];
+          if (warp_active) {
+            find_logits<DEPTH, PAIRS>(logits, warp_queries, keys, count, attention.scale_base2);
+            // jointly the share is a term of the exponent, so that no term exceeds 1
+            const float bias[2] = {attention.joint ? log2f(share[0]) : 0.0f, attention.joint ? log2f(share[1]) : 0.0f};
+            if (summing) {
+              float factor[2];
+              softmax.raise(logits, bias, factor);
+              if (attention.joint) {
+#pragma unroll
+                for (int d = 0; d < DEPTH / 8; ++d)
+#pragma unroll
+                  for (int i = 0; i < 4; ++i) result[d][i] *= factor[i / 2];
+              }
+            }
+            softmax.exponentiate(logits, bias, summing);
+            if (!attention.joint && pass == 1) {
+#pragma unroll
+              for (int fragment = 0; fragment < 2 * PAIRS; ++fragment)
+#pragma unroll
+                for (int i = 0; i < 4; ++i) logits[fragment][i] *= share[i / 2] / softmax.sum[i / 2];
+            }
+          }
+          if (fresh) {
+            wait_for_copies<0>();
+            sync_block();
+          }
+          if (warp_active && pass == 1) add_values<DEPTH, PAIRS>(result, logits, values, count);
+        }
+      }
+    }
+
+    if (attention.joint) {  // blended, each prompt's terms are divided by their own sum already
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float factor = softmax.sum[half] > 0.0f ? 1.0f / softmax.sum[half] : 1.0f;
+#pragma unroll
+        for (int d = 0; d < DEPTH / 8; ++d) {
+          result[d][2 * half] *= factor;
+          result[d][2 * half + 1] *= factor;
+        }
+      }
+    }
+
+    // into the rows of the tile's queries, which are on their way still if no prompt was visited
+    wait_for_copies<0>();
+    sync_block();
+    store_result<DEPTH>(attention.out + attention.query_offset(image, first, head),
+                        queries + walk.buffer(tile) * walk.second, result,
+                        [&](int row) { return active.number(row, walk.buffer(tile)) - first; }, left, stride,
+                        attention.depth, attention.aligned);
   }
 }
 

@@ -50,18 +50,19 @@ struct Attention {
 };
 
 // Which queries a tile's rows are, which of them have weight in which slot, and what a row's weights are relative to:
-// their sum, or jointly the largest; 1 for a row without weight. In shared memory: size(slots) bytes of it.
-template <int ROWS>
+// their sum, or jointly the largest; 1 for a row without weight. Of TILES tiles at once it keeps the queries, of the one
+// that was weighed last their weights. In shared memory: size(slots) bytes of it.
+template <int ROWS, int TILES = 1>
 class ActiveRows {
  public:
   static constexpr int WORDS = (ROWS + WARP - 1) / WARP;
 
-  static INSTANTAS_INLINE int size(int slots) { return (2 * ROWS + slots * WORDS) * 4; }
+  static INSTANTAS_INLINE int size(int slots) { return ((1 + TILES) * ROWS + slots * WORDS) * 4; }
 
   __device__ __forceinline__ explicit ActiveRows(char* shared)
       : norm_(reinterpret_cast<float*>(shared)),
         number_(reinterpret_cast<int*>(shared) + ROWS),
-        words_(reinterpret_cast<unsigned*>(shared) + 2 * ROWS) {}
+        words_(reinterpret_cast<unsigned*>(shared) + (1 + TILES) * ROWS) {}
 
   // By all threads of the block, at least as many as rows rounded up to whole warps; then the block has to meet.
   template <class T>
@@ -69,18 +70,20 @@ class ActiveRows {
     const int row = threadIdx.x;
     if (row >= WORDS * WARP) return;
     const int number = row < ROWS ? attention.row(image, first + row) : attention.queries;
-    float norm = 0.0f;
-#pragma unroll 4
-    for (int slot = 0; slot < attention.slots; ++slot) {
-      float weight = 0.0f;
-      if (attention.prompt(image, slot) >= 0) weight = attention.weight(image, slot, number);
-      norm = attention.joint ? fmaxf(norm, weight) : norm + weight;
-      const unsigned rows = ballot(weight > 0.0f);
-      if (row % WARP == 0) words_[slot * WORDS + row / WARP] = rows;
-    }
-    if (row >= ROWS) return;
-    norm_[row] = norm > 0.0f ? norm : 1.0f;
-    number_[row] = number;
+    weigh(attention, image, number);
+    if (row < ROWS) number_[row] = number;
+  }
+
+  // The same in two parts, for whole warps of rows: which queries a tile has, and later their weights.
+  template <class T>
+  __device__ __forceinline__ void locate(const Attention<T>& attention, int64_t image, int first, int tile) {
+    const int row = threadIdx.x;
+    if (row < ROWS) number_[tile * ROWS + row] = attention.row(image, first + row);
+  }
+  template <class T>
+  __device__ __forceinline__ void weigh_located(const Attention<T>& attention, int64_t image, int tile) {
+    static_assert(ROWS % WARP == 0, "warps vote");
+    if (threadIdx.x < ROWS) weigh(attention, image, number_[tile * ROWS + threadIdx.x]);
   }
 
   __device__ __forceinline__ bool anywhere(int slot) const {
@@ -97,9 +100,25 @@ class ActiveRows {
   }
 
   __device__ __forceinline__ float norm(int row) const { return norm_[row]; }
-  __device__ __forceinline__ int number(int row) const { return number_[row]; }
+  __device__ __forceinline__ int number(int row, int tile = 0) const { return number_[tile * ROWS + row]; }
 
  private:
+  // Of the query whose row is the thread's.
+  template <class T>
+  __device__ __forceinline__ void weigh(const Attention<T>& attention, int64_t image, int number) {
+    const int row = threadIdx.x;
+    float norm = 0.0f;
+#pragma unroll 4
+    for (int slot = 0; slot < attention.slots; ++slot) {
+      float weight = 0.0f;
+      if (attention.prompt(image, slot) >= 0) weight = attention.weight(image, slot, number);
+      norm = attention.joint ? fmaxf(norm, weight) : norm + weight;
+      const unsigned rows = ballot(weight > 0.0f);
+      if (row % WARP == 0) words_[slot * WORDS + row / WARP] = rows;
+    }
+    if (row < ROWS) norm_[row] = norm > 0.0f ? norm : 1.0f;
+  }
+
   float* norm_;
   int* number_;
   unsigned* words_;

@@ -16,6 +16,19 @@ __device__ __forceinline__ char* shared_memory() {
   return reinterpret_cast<char*>(memory);
 }
 
+// threadIdx.x and blockIdx.x, read anew: what follows from them takes no registers between one use and the next.
+__device__ __forceinline__ int thread_of_block() {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+}
+
+__device__ __forceinline__ int block_of_grid() {
+  int block;
+  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(block));
+  return block;
+}
+
 __device__ __forceinline__ unsigned shared_address(const void* pointer) {
   return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
 }
@@ -93,6 +106,20 @@ __device__ __forceinline__ void multiply_add(float (&c)[4], const unsigned (&a)[
       "{%0, %1, %2, %3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Of the current device.
+struct Multiprocessors {
+  int count, shared;  // bytes of shared memory of each
+  static constexpr int RESERVED = 1024;  // bytes that the system takes for every block
+};
+
+inline cudaError_t find_multiprocessors(Multiprocessors& found) {
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&found.count, cudaDevAttrMultiProcessorCount, device);
+  if (error != cudaSuccess) return error;
+  return cudaDeviceGetAttribute(&found.shared, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
 }
 
 // Launches `blocks` blocks; an error that the launch itself reports is returned.

@@ -52,8 +52,14 @@ def order(seed: int) -> Iterator[None]:
         torch.ops.instantas_emulation.set_order(0)
 
 
+def copied() -> int:
+    """Bytes that asynchronous copies have read from memory until now."""
+    _load()
+    return torch.ops.instantas_emulation.copied()
+
+
 def attention_rows(depth: int) -> int:
-    """Queries of a block of the attention kernel, in half precision and for a head size."""
+    """Queries of a tile of the attention kernel, in half precision and for a head size."""
     _load()
     return torch.ops.instantas_emulation.attention_rows(depth)
 

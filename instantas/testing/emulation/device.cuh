@@ -86,6 +86,7 @@ struct Block {
 
 inline Block* block = nullptr;
 inline unsigned seed = 0;
+inline int64_t copied = 0;  // bytes that asynchronous copies have read
 
 }  // namespace emulation
 
@@ -199,6 +200,8 @@ inline void load_matrices(unsigned (&matrices)[4], const void* row, bool transpo
 
 }  // namespace emulation
 
+inline int thread_of_block() { return static_cast<int>(threadIdx.x); }
+inline int block_of_grid() { return static_cast<int>(blockIdx.x); }
 inline char* shared_memory() { return emulation::block->shared; }
 
 inline float shuffle(float value, int source) {
@@ -252,6 +255,7 @@ void wait_for_copies() {
     for (const emulation::Copy& copy : groups.front()) {
       if (copy.inside) {
         std::memcpy(copy.shared, copy.global, 16);
+        emulation::copied += 16;
       } else {
         std::memset(copy.shared, 0, 16);
       }
@@ -281,6 +285,17 @@ void multiply_add(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b
     }
     c[i] += sum;
   }
+}
+
+struct Multiprocessors {
+  int count, shared;
+  static constexpr int RESERVED = 1024;
+};
+
+// One alone, so that a block has many tiles. Its memory has room for a second buffer at some head sizes, at others not.
+inline cudaError_t find_multiprocessors(Multiprocessors& found) {
+  found = {1, LARGEST_SHARED + Multiprocessors::RESERVED};
+  return cudaSuccess;
 }
 
 template <class... Parameters, class... Arguments>

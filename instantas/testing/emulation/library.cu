@@ -8,7 +8,9 @@ namespace {
 
 void set_order(int64_t seed) { instantas::emulation::seed = static_cast<unsigned>(seed); }
 
-// Queries of a block of the attention kernel in half precision.
+int64_t copied() { return instantas::emulation::copied; }
+
+// Queries of a tile of the attention kernel in half precision.
 int64_t attention_rows(int64_t depth) {
   return depth <= 64 ? instantas::MmaShape<64>::ROWS : instantas::MmaShape<256>::ROWS;
 }
@@ -29,12 +31,14 @@ STABLE_TORCH_LIBRARY_IMPL(instantas_cuda, CPU, library) {
 
 STABLE_TORCH_LIBRARY(instantas_emulation, library) {
   library.def("set_order(int seed) -> ()");
+  library.def("copied() -> int");
   library.def("attention_rows(int depth) -> int");
   library.def("quotient(int dividend, int divisor) -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(instantas_emulation, CompositeExplicitAutograd, library) {
   library.impl("set_order", TORCH_BOX(&set_order));
+  library.impl("copied", TORCH_BOX(&copied));
   library.impl("attention_rows", TORCH_BOX(&attention_rows));
   library.impl("quotient", TORCH_BOX(&quotient));
 }
