@@ -1,5 +1,6 @@
 // regional_attention on the host: the queries of each set of prompts together, a tile of them at a time.
 #include <algorithm>
+#include <cmath>
 #include <map>
 
 #include "host.h"

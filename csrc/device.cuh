@@ -127,8 +127,11 @@ template <class... Parameters, class... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int shared, cudaStream_t stream,
                    const Arguments&... arguments) {
   if (blocks > 0x7fffffff) return cudaErrorInvalidConfiguration;
-  if (shared > 48 * 1024) {  // beyond this a kernel has to ask
-    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+  if (shared > 48 * 1024) {  // beyond this a kernel has to ask: for all there is, as another thread may launch it meanwhile
+    int device = 0, most = 0;
+    cudaError_t error = cudaGetDevice(&device);
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
     if (error != cudaSuccess) return error;
   }
   kernel<<<static_cast<unsigned>(blocks), threads, shared, stream>>>(arguments...);

@@ -7,7 +7,7 @@ namespace instantas {
 #define INSTANTAS_KERNEL inline __attribute__((always_inline))
 
 // Kernel::run(arguments...), a KERNEL, whose loops over cells the compiler vectorises. Without fused multiplications: a
-// cell has the same bits on every processor, in a vector or in what is left of a row.
+// cell has the same bits on every x86 processor, in a vector or in what is left of a row.
 template <class Kernel, class... Arguments>
 void run_128(const Arguments&... arguments) {
   Kernel::run(arguments...);

@@ -1,7 +1,6 @@
 // Attention of a tile of queries by one softmax, in the host's vector registers. Free of torch.
 #pragma once
 
-#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>

@@ -68,7 +68,22 @@ void gather(const GatherCall& call) {
   });
 }
 
-// Windows of which no two share a cell, in the order in which the canvas lies in memory as far as the plan's allows.
+// Whether each place of a grid of windows is taken once: then they cover the canvas, and no two share a cell.
+bool is_grid(const Plan& plan) {
+  const int down = plan.height / plan.h, across = plan.width / plan.w;
+  if (plan.height % plan.h || plan.width % plan.w || int64_t{down} * across != plan.windows) return false;
+  std::vector<bool> taken(plan.windows);
+  for (int window = 0; window < plan.windows; ++window) {
+    const int y = place_in_window(plan.origins[2 * window], plan.origins[0], plan.height);
+    const int x = place_in_window(plan.origins[2 * window + 1], plan.origins[1], plan.width);
+    const int place = y / plan.h * across + x / plan.w;
+    if (y % plan.h || x % plan.w || taken[place]) return false;
+    taken[place] = true;
+  }
+  return true;
+}
+
+// The windows of a grid, in the order in which the canvas lies in memory as far as the plan's allows.
 template <class T>
 void copy_windows(const T* windows, T* canvas, const Plan& plan, int64_t images) {
   std::vector<int> bands;  // the first of neighbours with the same rows
@@ -133,9 +148,7 @@ template <class T, class A>
 void scatter(const T* windows, const Overlap<A>& overlap, T* canvas, const Plan& plan, int64_t images, bool normalize) {
   const int64_t tiles = int64_t{plan.tiles_y()} * plan.tiles_x(), area = int64_t{plan.tile_y} * plan.tile_x;
   const int64_t grain = GRAIN / (area * plan.channels) + 1;
-  // with as many cells as the canvas, which they cover, windows share none
-  if (normalize && plan.windows * plan.window_plane() == plan.canvas_plane())
-    return copy_windows(windows, canvas, plan, images);
+  if (normalize && is_grid(plan)) return copy_windows(windows, canvas, plan, images);
   torch::stable::parallel_for(0, images * tiles, grain, [&](int64_t begin, int64_t end) {
     run_for_processor<Merge>(windows, overlap, canvas, plan, normalize, begin, end);
   });

@@ -5,6 +5,7 @@ time, few enough for their logits to stay in cache. An order is taken and left a
 together, for tiles that know no larger group, while here they come together from all images.
 """
 
+import itertools
 import math
 
 import torch
@@ -87,9 +88,13 @@ def _softmaxes(shares, joint):
     """(prompts, numbers of the queries) that share a softmax: jointly all prompts of a query, otherwise each prompt."""
     if not (joint and shares):
         return [([prompt], _numbers(share > 0)) for prompt, share in shares.items()]
-    sets, which = torch.unique(torch.stack([*shares.values()]) > 0, dim=1, return_inverse=True)
-    names = [*shares]
-    return [([names[p] for p in _numbers(chosen)], _numbers(which == i)) for i, chosen in enumerate(sets.T)]
+    positive = torch.stack([*shares.values()]) > 0
+    which = torch.zeros(positive.shape[1], dtype=torch.int64)  # the number of each query's set
+    for chosen in positive:
+        which = torch.unique(2 * which + chosen, return_inverse=True)[1]
+    groups = which.argsort(stable=True).split(which.bincount().tolist())
+    sets = positive[:, torch.stack([numbers[0] for numbers in groups])].T.tolist()
+    return [([*itertools.compress(shares, chosen)], numbers) for chosen, numbers in zip(sets, groups)]
 
 
 def _by_head(rows):

@@ -130,6 +130,36 @@ def test_cells_of_one_window_are_copied(backend, plan, dtype):
         assert torch.equal(out[..., alone], exact[..., alone].to(dtype))
 
 
+@HOST
+@pytest.mark.parametrize("origins", [[[0, 0], [0, 0]], [[0, 0], [0, 1]], [[0, 1]], []], ids=str)
+def test_cells_without_a_window_have_no_mean(host, origins):
+    """The operator itself takes any plan, also one with as many cells as the canvas, of which it leaves some out."""
+    plan = WindowPlan(4, 4, (4, 2), np.array(origins, dtype=np.int64).reshape(-1, 2), partial=True)
+    windows, tables = torch.ones(1, plan.count, 1, 4, 2), plan.tables(torch.device("cpu"))
+    with ops.use_backend(host):
+        canvas = torch.ops.instantas.scatter_windows(windows, None, *tables, plan.geometry, True)
+    covered = torch.as_tensor(plan.coverage() > 0)
+    assert torch.equal(canvas[0, 0].isnan(), ~covered) and (canvas[0, 0][covered] == 1).all()
+
+
+@HOST
+@pytest.mark.parametrize("shuffled", [False, True])
+@pytest.mark.parametrize(
+    "origins",
+    [
+        [[0, 0], [0, 3], [2, 0], [2, 3]],  # a grid
+        [[1, 2], [1, 5], [3, 2], [3, 5]],  # moved around both axes
+        [[0, 0], [0, 3], [2, 1], [2, 4]],  # as bricks lie
+    ],
+    ids=str,
+)
+def test_windows_that_share_no_cell(host, origins, shuffled):
+    plan = WindowPlan(4, 6, (2, 3), np.array(origins[::-1] if shuffled else origins), wrap=(True, True))
+    canvas = normal(2, 3, 4, 6).float()
+    with ops.use_backend(host):
+        assert torch.equal(ops.scatter_windows(ops.gather_windows(canvas, plan), plan), canvas)
+
+
 @pytest.mark.parametrize("mode", ["blend", "joint"])
 @pytest.mark.parametrize("size", [300, 3000])
 @pytest.mark.parametrize("case", [(5, 8, 30, 3), (36, 40, 43, 2), (46, 40, 17, 4), (8, 64, 31, 1)], ids=str)
