@@ -155,8 +155,8 @@ def regional_attention_backward(
 
 
 def _bank_rows(prompt_ids, key):
-    """The ids as indices of the bank, the nearest in place of those outside it; None of a bank without prompts."""
-    return prompt_ids.clamp(0, len(key) - 1).long() if len(key) else None
+    """The ids as indices of the bank, the nearest in place of those outside it; None without prompts or ids."""
+    return prompt_ids.clamp(0, len(key) - 1).long() if len(key) and prompt_ids.numel() else None
 
 
 def _within(key, value, lengths):

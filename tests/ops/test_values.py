@@ -130,6 +130,14 @@ def test_cells_of_one_window_are_copied(backend, plan, dtype):
         assert torch.equal(out[..., alone], exact[..., alone].to(dtype))
 
 
+@pytest.mark.parametrize("mode", ["blend", "joint"])
+def test_attention_to_no_region_is_zero_and_so_are_its_gradients(backend, mode):
+    query, key, value, ids = attention_inputs(1, 20, 2, 8, 2, 9, 1)
+    arguments = [query, key, value, ids[:, :0], torch.zeros(1, 0, 20)]
+    for result in run(backend, partial(ops.regional_attention, mode=mode), arguments, torch.float32, gradients=3):
+        assert not result.any()
+
+
 @HOST
 @pytest.mark.parametrize("origins", [[[0, 0], [0, 0]], [[0, 0], [0, 1]], [[0, 1]], []], ids=str)
 def test_cells_without_a_window_have_no_mean(host, origins):
