@@ -238,11 +238,13 @@ blocks fit a multiprocessor with it (`docs/kernels.md`).
 """
 
 
+def _place(row):
+    return row.language, row.kernel, row.architecture, row.case, row
+
+
 def main():
-    rows = sorted(set(triton_usage()), key=lambda row: (row.language, row.kernel, row.architecture, row.case))
-    cuda = (
-        sorted(cuda_usage(), key=lambda row: (row.kernel, row.architecture, row.case)) if CUDA_LIBRARY.exists() else []
-    )
+    rows = sorted(set(triton_usage()), key=_place)
+    cuda = sorted(cuda_usage(), key=_place) if CUDA_LIBRARY.exists() else []
     results = ROOT / "bench" / "results"
     results.mkdir(exist_ok=True)
     with whole_file(results / "resources.csv") as path, open(path, "w", newline="") as file:

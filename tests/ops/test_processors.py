@@ -1,14 +1,11 @@
 """The host's guided step (csrc/step.h) for every kind of processor whose instructions this one has: the same bits."""
 
 import ctypes
-import shutil
-import subprocess
 
 import pytest
 import torch
 
 from instantas import ops
-from instantas.ops import stamp
 from instantas.testing.oracle import PLANS, normal, positive
 from instantas.windows import WindowPlan
 
@@ -44,14 +41,8 @@ ENTRY(in_float64, double)
 
 
 @pytest.fixture(scope="module")
-def kernels(tmp_path_factory):
-    if shutil.which("g++") is None or not stamp.CHECKOUT:
-        pytest.skip("needs g++ and the sources")
-    folder = tmp_path_factory.mktemp("processors")
-    (folder / "step.cpp").write_text(SOURCE)
-    command = ["g++", "-std=c++17", "-O3", "-shared", "-fPIC", f"-I{stamp.SOURCES}", "step.cpp", "-o", "step.so"]
-    subprocess.run(command, cwd=folder, check=True)
-    return ctypes.CDLL(folder / "step.so")
+def kernels(compiled):
+    return compiled(SOURCE, "-O3")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str)

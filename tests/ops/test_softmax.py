@@ -1,13 +1,9 @@
 """The host's attention of a tile (csrc/softmax.h) for every kind of processor whose instructions this one has."""
 
 import ctypes
-import shutil
-import subprocess
 
 import pytest
 import torch
-
-from instantas.ops import stamp
 
 ROWS = 6  # of a tile
 SOURCE = """
@@ -43,14 +39,8 @@ ENTRY(in_float64, double)
 
 
 @pytest.fixture(scope="module")
-def softmax(tmp_path_factory):
-    if shutil.which("g++") is None or not stamp.CHECKOUT:
-        pytest.skip("needs g++ and the sources")
-    folder = tmp_path_factory.mktemp("softmax")
-    (folder / "softmax.cpp").write_text(SOURCE)
-    command = ["g++", "-std=c++17", "-O2", "-shared", "-fPIC", f"-I{stamp.SOURCES}", "softmax.cpp", "-o", "softmax.so"]
-    subprocess.run(command, cwd=folder, check=True)
-    return ctypes.CDLL(folder / "softmax.so")
+def softmax(compiled):
+    return compiled(SOURCE, "-O2")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
